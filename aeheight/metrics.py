@@ -1,0 +1,492 @@
+"""Accuracy as functions of sums that merge: :class:`Stats` adds up, ``summary`` runs once, last.
+
+Each shard leaves its sums, never its metrics: the mean of many NMADs is not the NMAD of the whole.
+Moments merge by Chan's formula in float64, histograms add as integers, so they are the same
+in every order.
+
+Sources:
+    Chan, Golub & LeVeque (1983), Algorithms for computing the sample variance,
+    doi:10.1080/00031305.1983.10483115.
+    Höhle & Höhle (2009), Accuracy assessment of digital elevation models by means of robust
+    statistical methods, doi:10.1016/j.isprsjprs.2009.02.003.
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from aeheight.errors import InputError
+
+Summary = dict[str, int | float | None]
+
+BIN: Final = 0.01
+"""Width of a bin of the differences, metres; bin k holds what rounds to k * BIN."""
+
+CELL: Final = 1.0
+"""Side of a cell of the scatter, metres; cell (i, j) starts at (i * CELL, j * CELL)."""
+
+FORMAT: Final = "aeheight-sums"
+FORMAT_VERSION: Final = 1
+
+GLOSSARY: Final[dict[str, str]] = {
+    "n": "Pixels that have both a reference and a prediction.",
+    "coverage": "Predicted share of the pixels that have a reference: n / n_reference.",
+    "mean": "Bias: the mean of d = predicted − reference; above 0 the map is too high.",
+    "median": "Median of d: the bias that outliers cannot move.",
+    "std": "Standard deviation of d about its mean: √(Σ(d − mean)² / n), ddof 0.",
+    "nmad": "Normalised median absolute deviation: 1.4826 · median|d − median(d)|. It equals std "
+    "for normal errors and ignores outliers (Höhle & Höhle 2009).",
+    "mae": "Mean absolute error: Σ|d| / n.",
+    "rmse": "Root mean square error: √(Σd² / n); large errors and the bias count in full.",
+    "r2": "Coefficient of determination: 1 − Σd² / Σ(reference − mean reference)²; 0 is as good as "
+    "the mean of this ground. It grows with the relief: never compare it between areas.",
+    "pearson": "Pearson correlation of reference and prediction; blind to bias and to scale.",
+    "le68": "Linear error 68: the 68 % quantile of |d|.",
+    "le90": "Linear error 90: the 90 % quantile of |d|, P90(|d|); neither 1.645 · σ "
+    "nor P95 − P5, which others also call LE90.",
+    "le95": "Linear error 95: the 95 % quantile of |d|.",
+    "p5": "The 5 % quantile of d.",
+    "p95": "The 95 % quantile of d.",
+    "min": "The smallest d: where the map is too low by most.",
+    "max": "The largest d: where the map is too high by most.",
+}
+"""What each metric of a summary means, in the order in which a summary lists them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Counts:
+    """A sparse histogram over integer bins: no range to choose, and it adds exactly."""
+
+    bins: NDArray[np.int64]
+    """(k,) bins that hold something, ascending."""
+
+    counts: NDArray[np.int64]
+    """(k,) how many fell in each, all above 0."""
+
+    @classmethod
+    def of(cls, bins: NDArray[np.int64]) -> "Counts":
+        """Count bin numbers of any shape, (n,) int64."""
+        if bins.size and int(bins.max()) - int(bins.min()) <= 4 * bins.size + 100_000:
+            low = bins.min()
+            dense = np.bincount(bins - low).astype(np.int64)  # ten times faster than sorting
+            filled = np.flatnonzero(dense)
+            return cls(filled + low, dense[filled])
+        found, counts = np.unique(bins, return_counts=True)
+        return cls(found.astype(np.int64), counts.astype(np.int64))
+
+    @classmethod
+    def summed(cls, bins: NDArray[np.int64], counts: NDArray[np.int64]) -> "Counts":
+        """Add up the counts (n,) of equal bins (n,), given in any order."""
+        order = np.argsort(bins, kind="stable")
+        bins, counts = bins[order], counts[order]
+        starts = np.flatnonzero(np.diff(bins, prepend=bins[:1] - 1))
+        return cls(bins[starts], np.add.reduceat(counts, starts) if bins.size else counts)
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts.summed(
+            np.concatenate([self.bins, other.bins]), np.concatenate([self.counts, other.counts])
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Counts):
+            return NotImplemented
+        return np.array_equal(self.bins, other.bins) and np.array_equal(self.counts, other.counts)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def quantile(self, q: float) -> float:
+        """Quantile q of all bin numbers by numpy's 'linear' definition; at least one is needed."""
+        last = np.cumsum(self.counts)
+        n = int(last[-1])
+        position = q * (n - 1)
+        below = math.floor(position)
+        i, j = np.searchsorted(last, [below, min(below + 1, n - 1)], side="right")
+        first, second = int(self.bins[i]), int(self.bins[j])
+        return first + (second - first) * (position - below)
+
+    def folded(self, middle: float) -> "Counts":
+        """Twice the distance of each bin from ``middle``, a multiple of one half."""
+        return Counts.summed(np.abs(2 * self.bins - round(2 * middle)), self.counts)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The sums behind every metric of d = predicted - reference; ``+`` merges two of them.
+
+    ``+`` is commutative and associative: exactly so for counts, histogram and extremes, up to
+    float64 rounding for moments.
+    """
+
+    n_reference: int
+    """Pixels that have a reference."""
+
+    n: int
+    """Those of them that have a prediction too."""
+
+    mean_reference: float
+    """Mean of the reference over the n pixels, metres."""
+
+    mean_predicted: float
+    """Mean of the prediction, metres."""
+
+    mean_difference: float
+    """Mean of d, metres."""
+
+    m2_reference: float
+    """Σ(reference - mean)², m²."""
+
+    m2_predicted: float
+    """Σ(predicted - mean)², m²."""
+
+    m2_difference: float
+    """Σ(d - mean)², m²."""
+
+    comoment: float
+    """Σ(reference - mean)(predicted - mean), m²."""
+
+    sum_absolute: float
+    """Σ|d|, metres."""
+
+    minimum: float
+    """Smallest d, metres; +inf where n is 0."""
+
+    maximum: float
+    """Largest d, metres; -inf where n is 0."""
+
+    histogram: Counts
+    """Histogram of d; bin k is centred on k * BIN metres."""
+
+    @classmethod
+    def zero(cls) -> "Stats":
+        """Nothing measured: what ``+`` leaves unchanged."""
+        nothing = Counts.of(np.empty(0, np.int64))
+        return cls(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, math.inf, -math.inf, nothing)
+
+    @classmethod
+    def of(
+        cls,
+        predicted: ArrayLike,
+        reference: ArrayLike,
+        *,
+        reference_valid: ArrayLike | None = None,
+        predicted_valid: ArrayLike | None = None,
+    ) -> "Stats":
+        """Sum up one piece of ground.
+
+        Args:
+            predicted: heights in metres, any shape.
+            reference: heights in metres, the same shape.
+            reference_valid: bool, the same shape: pixels to judge that have a reference; None
+                for all.
+            predicted_valid: bool, the same shape: pixels that have a prediction; None for all.
+
+        Raises:
+            InputError: shapes differ, a mask is not bool, or a pixel declared valid is NaN or
+                infinite.
+        """
+        n_reference, p, r = _pairs(predicted, reference, reference_valid, predicted_valid)
+        if p.size == 0:
+            return replace(cls.zero(), n_reference=n_reference)
+        d = p - r
+        mean_p, p = _centred(p)
+        mean_r, r = _centred(r)
+        mean_d, d0 = _centred(d)
+        return cls(
+            n_reference=n_reference,
+            n=d.size,
+            mean_reference=mean_r,
+            mean_predicted=mean_p,
+            mean_difference=mean_d,
+            m2_reference=float(np.sum(r * r)),
+            m2_predicted=float(np.sum(p * p)),
+            m2_difference=float(np.sum(d0 * d0)),
+            comoment=float(np.sum(r * p)),
+            sum_absolute=float(np.sum(np.abs(d))),
+            minimum=float(d.min()),
+            maximum=float(d.max()),
+            histogram=Counts.of(_bin_numbers(d / BIN + 0.5)),
+        )
+
+    def __add__(self, other: "Stats") -> "Stats":
+        n_reference = self.n_reference + other.n_reference
+        if self.n == 0 or other.n == 0:
+            return replace(other if self.n == 0 else self, n_reference=n_reference)
+        n = self.n + other.n
+        share = other.n / n
+        step_r = other.mean_reference - self.mean_reference
+        step_p = other.mean_predicted - self.mean_predicted
+        step_d = other.mean_difference - self.mean_difference
+        weight = self.n * share
+        return Stats(
+            n_reference=n_reference,
+            n=n,
+            mean_reference=self.mean_reference + step_r * share,
+            mean_predicted=self.mean_predicted + step_p * share,
+            mean_difference=self.mean_difference + step_d * share,
+            m2_reference=self.m2_reference + other.m2_reference + step_r * step_r * weight,
+            m2_predicted=self.m2_predicted + other.m2_predicted + step_p * step_p * weight,
+            m2_difference=self.m2_difference + other.m2_difference + step_d * step_d * weight,
+            comoment=self.comoment + other.comoment + step_r * step_p * weight,
+            sum_absolute=self.sum_absolute + other.sum_absolute,
+            minimum=min(self.minimum, other.minimum),
+            maximum=max(self.maximum, other.maximum),
+            histogram=self.histogram + other.histogram,
+        )
+
+    def summary(self) -> Summary:
+        """The metrics, as :data:`GLOSSARY` defines them; metres, None where undefined.
+
+        Against numpy on the whole arrays, n, coverage, mean, std, mae, rmse, r2, pearson, min and
+        max differ by float64 rounding alone; median, le68, le90, le95, p5 and p95 by at most
+        BIN / 2 = 0.005 m; nmad by at most 1.4826 * BIN = 0.0149 m.
+        """
+        coverage = self.n / self.n_reference if self.n_reference else None
+        if self.n == 0:
+            return dict.fromkeys(GLOSSARY) | {"n": 0, "coverage": coverage}
+        squares = self.m2_difference + self.n * self.mean_difference**2
+        spread = math.sqrt(self.m2_reference) * math.sqrt(self.m2_predicted)
+        deviations = self.histogram.folded(self.histogram.quantile(0.5))
+        return {
+            "n": self.n,
+            "coverage": coverage,
+            "mean": self.mean_difference,
+            "median": self.quantile(0.5),
+            "std": math.sqrt(self.m2_difference / self.n),
+            "nmad": 1.4826 * deviations.quantile(0.5) * BIN / 2,
+            "mae": self.sum_absolute / self.n,
+            "rmse": math.sqrt(squares / self.n),
+            "r2": 1 - squares / self.m2_reference if self.m2_reference > 0 else None,
+            "pearson": min(1.0, max(-1.0, self.comoment / spread)) if spread > 0 else None,
+            "le68": self.linear_error(0.68),
+            "le90": self.linear_error(0.90),
+            "le95": self.linear_error(0.95),
+            "p5": self.quantile(0.05),
+            "p95": self.quantile(0.95),
+            "min": self.minimum,
+            "max": self.maximum,
+        }
+
+    def quantile(self, q: float) -> float:
+        """Quantile q of d, metres: numpy's 'linear' definition, at most BIN / 2 off."""
+        return min(max(self.histogram.quantile(q) * BIN, self.minimum), self.maximum)
+
+    def linear_error(self, q: float) -> float:
+        """Quantile q of abs(d), metres: numpy's 'linear' definition, at most BIN / 2 off."""
+        least, most = max(0.0, self.minimum, -self.maximum), max(-self.minimum, self.maximum)
+        return min(max(self.histogram.folded(0).quantile(q) * BIN / 2, least), most)
+
+    def errors(
+        self, max_bins: int = 120, trim: float = 0.001
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """The histogram of d for display: (edges (k + 1,) metres, counts (k,)), k <= max_bins.
+
+        Bins are joined evenly; of each tail, at most the share ``trim`` is left out.
+        """
+        start, factor, size = _frame([self.histogram], max_bins, trim)
+        place = (self.histogram.bins - start) // factor
+        inside = (place >= 0) & (place < size)
+        dense = np.zeros(size, np.int64)
+        np.add.at(dense, place[inside], self.histogram.counts[inside])
+        return (start - 0.5 + np.arange(size + 1.0) * factor) * BIN, dense
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """How many pixels have this reference and that prediction: a 2-D histogram that adds."""
+
+    cells: Counts
+    """Cells of CELL metres; reference cell * 2³² + predicted cell is the bin."""
+
+    @classmethod
+    def zero(cls) -> "Scatter":
+        """No pixels."""
+        return cls(Counts.of(np.empty(0, np.int64)))
+
+    @classmethod
+    def of(
+        cls,
+        predicted: ArrayLike,
+        reference: ArrayLike,
+        *,
+        reference_valid: ArrayLike | None = None,
+        predicted_valid: ArrayLike | None = None,
+    ) -> "Scatter":
+        """Count the pixels that have both; arguments and errors as in :meth:`Stats.of`."""
+        _, p, r = _pairs(predicted, reference, reference_valid, predicted_valid)
+        limit = 2.0**30  # keeps a cell within its 32 bits, a million kilometres from zero
+        columns = _bin_numbers(np.clip(p / CELL, -limit, limit))
+        rows = _bin_numbers(np.clip(r / CELL, -limit, limit))
+        return cls(Counts.of((rows << 32) + columns))
+
+    def __add__(self, other: "Scatter") -> "Scatter":
+        return Scatter(self.cells + other.cells)
+
+    @property
+    def n(self) -> int:
+        """Pixels counted."""
+        return int(self.cells.counts.sum())
+
+    def dense(
+        self, max_bins: int = 200, trim: float = 0.0
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """For display: (edges (k + 1,) metres, counts (k, k)), k <= max_bins.
+
+        Both axes share the edges; counts[i, j] has reference bin i and predicted bin j. Cells are
+        joined evenly until they fit. Of each tail of each axis, at most the share ``trim`` is
+        left out, so that one wild value does not blur the rest; 0 keeps every pixel.
+        """
+        rows = (self.cells.bins + 2**31) >> 32
+        columns = self.cells.bins - (rows << 32)
+        counts = self.cells.counts
+        axes = [Counts.summed(axis, counts) for axis in (rows, columns)]
+        start, factor, size = _frame(axes, max_bins, trim)
+        i, j = (rows - start) // factor, (columns - start) // factor
+        inside = (i >= 0) & (i < size) & (j >= 0) & (j < size)
+        table = np.zeros((size, size), np.int64)
+        np.add.at(table, (i[inside], j[inside]), counts[inside])
+        return (start + np.arange(size + 1.0) * factor) * CELL, table
+
+
+Table = Mapping[str, Stats | Scatter]
+"""Named sums of one piece of ground, such as "model/test"."""
+
+
+def merge(parts: Iterable[Stats]) -> Stats:
+    """Sum of all parts, as :func:`merge_tables` adds them; none gives ``Stats.zero()``."""
+    total = merge_tables({"": part} for part in parts).get("", Stats.zero())
+    assert isinstance(total, Stats)
+    return total
+
+
+def merge_tables(tables: Iterable[Table]) -> dict[str, Stats | Scatter]:
+    """Sum of all tables, name by name; a name that a table lacks counts as zero.
+
+    Tables are added in pairs, as a balanced tree: rounding and work grow with the logarithm of
+    their number, and no more than that many are held. Their order decides the last bits of the
+    moments: sort them for equal bytes.
+    """
+    held: list[tuple[int, Table]] = []
+    for table in tables:
+        level, total = 0, table
+        while held and held[-1][0] == level:
+            total = _add_tables(held.pop()[1], total)
+            level += 1
+        held.append((level, total))
+    whole: Table = {}
+    for _, part in reversed(held):
+        whole = _add_tables(part, whole)
+    return dict(whole)
+
+
+def dump(table: Table) -> bytes:
+    """Named sums as compact bytes; the same sums give the same bytes, in any order of names."""
+    sums = {name: {"kind": type(part).__name__} | asdict(part) for name, part in table.items()}
+    document = {"format": FORMAT, "version": FORMAT_VERSION, "sums": sums}
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), default=np.ndarray.tolist)
+    return zlib.compress(text.encode(), 6)
+
+
+def load(data: bytes) -> dict[str, Stats | Scatter]:
+    """Read what :func:`dump` wrote, bit for bit.
+
+    Raises:
+        InputError: the bytes are damaged, something else, or of another format version.
+    """
+    try:
+        document = json.loads(zlib.decompress(data))
+        found = document["format"], document["version"]
+        if found == (FORMAT, FORMAT_VERSION):
+            return {name: _restored(entry) for name, entry in document["sums"].items()}
+    except (zlib.error, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"stored sums cannot be read ({len(data)} bytes: {error}); "
+            "evaluate again with --overwrite"
+        ) from error
+    raise InputError(
+        f"stored sums have format {found[0]!r} version {found[1]!r}, and this aeheight reads "
+        f"{FORMAT!r} version {FORMAT_VERSION}; evaluate again with --overwrite"
+    )
+
+
+def _pairs(
+    predicted: ArrayLike,
+    reference: ArrayLike,
+    reference_valid: ArrayLike | None,
+    predicted_valid: ArrayLike | None,
+) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
+    """Pixels with a reference, and the float64 values (n,) where both are there."""
+    p, r = np.asarray(predicted), np.asarray(reference)
+    if p.shape != r.shape:
+        raise InputError(f"predicted has shape {p.shape} and reference {r.shape}; give equal ones")
+    with_p = _mask(predicted_valid, p, "predicted")
+    with_r = _mask(reference_valid, r, "reference")
+    both = with_p & with_r
+    return int(np.count_nonzero(with_r)), p[both].astype(np.float64), r[both].astype(np.float64)
+
+
+def _mask(valid: ArrayLike | None, values: NDArray[np.generic], name: str) -> NDArray[np.bool_]:
+    mask = np.ones(values.shape, np.bool_) if valid is None else np.asarray(valid)
+    if mask.dtype != np.bool_ or mask.shape != values.shape:
+        raise InputError(
+            f"{name}_valid is {mask.dtype} of shape {mask.shape}; "
+            f"give bool of shape {values.shape}, the shape of {name}"
+        )
+    bad = int(np.count_nonzero(mask & ~np.isfinite(values)))
+    if bad:
+        raise InputError(
+            f"{bad} of {np.count_nonzero(mask)} {name} pixels declared valid are NaN or infinite; "
+            f"declare what is missing in {name}_valid"
+        )
+    return mask
+
+
+def _centred(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+    """Mean, and the values less their mean.
+
+    Shifted by the first value first: a constant then has a spread of exactly 0, so that what is
+    undefined on it is seen to be undefined.
+    """
+    shifted = values - values[0]
+    mean = shifted.mean()
+    return float(values[0] + mean), shifted - mean
+
+
+def _bin_numbers(position: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Floor as int64; what is beyond ±2⁵³ bins shares the outermost ones."""
+    return np.floor(np.clip(position, -(2.0**53), 2.0**53)).astype(np.int64)
+
+
+def _frame(axes: list[Counts], max_bins: int, trim: float) -> tuple[int, int, int]:
+    """(first bin, factor, size) of at most max_bins groups of factor bins, for all axes.
+
+    They hold all but the share ``trim`` of each tail of each axis.
+    """
+    axes = [axis for axis in axes if axis.bins.size]
+    low = math.floor(min((axis.quantile(trim) for axis in axes), default=0))
+    high = math.ceil(max((axis.quantile(1 - trim) for axis in axes), default=0))
+    factor = -(-(high - low + 1) // max_bins)
+    return low, factor, -(-(high - low + 1) // factor)
+
+
+def _add_tables(first: Table, second: Table) -> Table:
+    total = dict(first)
+    for name, part in second.items():
+        held = total.get(name)
+        if held is not None and type(held) is not type(part):
+            raise InputError(f"{name!r} is Stats in one table and Scatter in another; name it anew")
+        total[name] = part if held is None else held + part  # type: ignore[operator]
+    return total
+
+
+def _restored(entry: dict[str, Any]) -> Stats | Scatter:
+    """The sums behind one entry of a dumped document."""
+    kind = entry.pop("kind")
+    key = {"Stats": "histogram", "Scatter": "cells"}[kind]
+    entry[key] = Counts(*(np.array(entry[key][part], np.int64) for part in ("bins", "counts")))
+    return Stats(**entry) if kind == "Stats" else Scatter(**entry)

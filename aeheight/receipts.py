@@ -1,0 +1,266 @@
+"""What is done: a receipt for every finished shard, the settings it was made with, one driver.
+
+A missing chunk says nothing (an all-nodata chunk is never written), so what is done is what has a
+receipt: one small object beside the store, left by the worker after the shard is whole.
+"""
+
+import json
+import os
+import platform
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from aeheight import __version__
+from aeheight.cube import Shard, Tree, checksum
+from aeheight.errors import InputError
+from aeheight.settings import differences, fingerprint
+from aeheight.store import Store
+
+FORMAT = 1
+_SETTINGS = "settings.json"
+_LEASE = "lease.json"
+_LEASE_SECONDS = 60.0
+
+
+def versions() -> dict[str, str]:
+    """What the receipts and reports say of the code that ran."""
+    return {"aeheight": __version__, "numpy": np.__version__, "python": platform.python_version()}
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """The proof that one shard is whole."""
+
+    shard: str
+    """`Shard.name`."""
+    checksum: str
+    """Of the shard's values (`cube.checksum`), or of the object's bytes."""
+    pixels: int
+    valid: int
+    """Pixels that are not nodata."""
+    minimum: float | None
+    """Over the valid values, as stored (codes for embeddings, metres for heights)."""
+    maximum: float | None
+    mean: float | None
+    settings: str
+    """Fingerprint of the settings (and checkpoint) it was made with."""
+    seconds: float
+    """From first read to written."""
+    versions: Mapping[str, str] = field(default_factory=versions)
+    format: int = FORMAT
+
+    def to_bytes(self) -> bytes:
+        """JSON."""
+        return json.dumps(asdict(self), indent=1).encode()
+
+
+def receipt_for(
+    shard: Shard,
+    values: NDArray[Any],
+    digest: str,
+    valid: NDArray[np.bool_],
+    settings: str,
+    started: float,
+) -> Receipt:
+    """The receipt of an array that has been written.
+
+    Args:
+        shard: what was written.
+        values: (bands,) rows, columns.
+        digest: `checksum(values)`.
+        valid: (rows, columns) pixels that are not nodata.
+        settings: fingerprint of the settings.
+        started: `time.monotonic()` before the first read.
+    """
+    chosen = values[..., valid].astype(np.float64) if valid.any() else None
+    return Receipt(
+        shard.name,
+        digest,
+        shard.region.size,
+        int(valid.sum()),
+        None if chosen is None else float(chosen.min()),
+        None if chosen is None else float(chosen.max()),
+        None if chosen is None else float(chosen.mean()),
+        settings,
+        round(time.monotonic() - started, 3),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """The receipts of one step."""
+
+    store: Store
+    """Where they lie: `RUN/cube.receipts`."""
+
+    def begin(self, settings: Mapping[str, Any]) -> str:
+        """Take up the work with these settings; returns their fingerprint.
+
+        Raises:
+            InputError: the receipts that are there were made with other settings; shows which.
+        """
+        wanted = json.loads(json.dumps(settings))
+        found = self.settings()
+        if found is None:
+            self.store.write(_SETTINGS, json.dumps(wanted, indent=1, sort_keys=True).encode())
+        elif changed := differences(found, wanted):
+            raise InputError(
+                f"{self.store.uri}: begun with other settings:\n  "
+                + "\n  ".join(changed)
+                + "\nset them back, or run with --overwrite to discard what was made with them"
+            )
+        return fingerprint(wanted)
+
+    def settings(self) -> dict[str, Any] | None:
+        """The settings of the receipts, or None before the first."""
+        try:
+            found: dict[str, Any] = json.loads(self.store.read(_SETTINGS))
+        except FileNotFoundError:
+            return None
+        return found
+
+    def done(self) -> set[str]:
+        """Names of the shards that have a receipt."""
+        return {
+            key.removesuffix(".json")
+            for key in self.store.keys()
+            if key.endswith(".json") and "/" in key
+        }
+
+    def pending(self, shards: Iterable[Shard]) -> list[Shard]:
+        """The shards without a receipt, in order."""
+        done = self.done()
+        return [shard for shard in shards if shard.name not in done]
+
+    def leave(self, receipt: Receipt) -> None:
+        """Write the receipt of a shard that is whole."""
+        self.store.write(f"{receipt.shard}.json", receipt.to_bytes())
+
+    def receipt(self, name: str) -> Receipt:
+        """The receipt of a shard.
+
+        Raises:
+            FileNotFoundError: it has none.
+            InputError: its format is another version's.
+        """
+        found = json.loads(self.store.read(f"{name}.json"))
+        if found.get("format") != FORMAT:
+            raise InputError(
+                f"the receipt of {name} has format {found.get('format')}, this version reads "
+                f"{FORMAT}; use the version that made it, or --overwrite"
+            )
+        return Receipt(**found)
+
+    def forget(self, name: str) -> None:
+        """Remove a receipt, so that its shard is made again."""
+        self.store.remove(f"{name}.json")
+
+    def discard(self) -> None:
+        """Remove all receipts and the record of the settings."""
+        self.store.remove()
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A shard whose pixels are not those of its receipt."""
+
+    shard: str
+    reason: str
+
+
+def verify(tree: Tree, ledger: Ledger) -> Iterator[Damage | None]:
+    """Read every finished shard again and compare its checksum: None where it is sound."""
+    for name in sorted(ledger.done()):
+        shard = Shard.parse(name)
+        try:
+            values = tree.read(shard.group, shard.layer, shard.year, shard.region)
+        except OSError as error:
+            yield Damage(name, str(error))
+            continue
+        promised, found = ledger.receipt(name).checksum, checksum(values)
+        yield None if found == promised else Damage(name, f"checksum {found}, not {promised}")
+
+
+@contextmanager
+def lease(store: Store) -> Iterator[None]:
+    """Hold a run as its only driver; renewed while held, given back at the end.
+
+    A driver that was killed on this machine is noticed at once, elsewhere after a minute.
+
+    Raises:
+        InputError: another driver holds it; says which.
+    """
+    token = uuid.uuid4().hex
+    _acquire(store, token)
+    stop = threading.Event()
+
+    def renew() -> None:
+        while not stop.wait(_LEASE_SECONDS / 4):
+            store.write(_LEASE, _claim(token))
+
+    keeper = threading.Thread(target=renew, name="lease", daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        keeper.join()
+        if _holder(store).get("token") == token:
+            store.remove(_LEASE)
+
+
+def _claim(token: str) -> bytes:
+    return json.dumps(
+        {
+            "token": token,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "process_started": psutil.Process().create_time(),
+            "expires": time.time() + _LEASE_SECONDS,
+        }
+    ).encode()
+
+
+def _holder(store: Store) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(store.read(_LEASE))
+    except FileNotFoundError:
+        return {}
+    return found
+
+
+def _acquire(store: Store, token: str) -> None:
+    if store.create(_LEASE, _claim(token)):
+        return
+    holder = _holder(store)
+    if holder and _is_alive(holder):
+        left = max(holder["expires"] - time.time(), 0)
+        raise InputError(
+            f"{store.uri} is held by another driver (process {holder['pid']} on "
+            f"{holder['host']}); wait until it ends, or {left:.0f} s if it was killed"
+        )
+    # The holder is gone. Two may see that at once: the one that then reads its own token has it.
+    store.write(_LEASE, _claim(token))
+    time.sleep(0.2)
+    if _holder(store).get("token") != token:
+        raise InputError(f"{store.uri} was taken by another driver just now; wait until it ends")
+
+
+def _is_alive(holder: Mapping[str, Any]) -> bool:
+    if holder["host"] != socket.gethostname():
+        return bool(holder["expires"] > time.time())
+    try:
+        process = psutil.Process(holder["pid"])
+        return bool(abs(process.create_time() - holder["process_started"]) < 1.0)
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,273 @@
+"""Height models on any region of a grid: a finer source is averaged, a coarser one interpolated.
+
+Rasters go through rasterio's warper, STAC items through stackstac; both mask nodata, so that a
+missing neighbour takes no part in a mean or an interpolation. Missing heights are NaN.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pystac
+import stackstac
+import xarray as xr
+from numpy.typing import NDArray
+from pyproj import CRS
+from rasterio.enums import Resampling
+from rasterio.vrt import WarpedVRT
+
+from aeheight.errors import InputError
+from aeheight.grid import Grid, crs_name, reproject_bounds
+from aeheight.settings import Bounds, HeightSettings, RegionSettings
+from aeheight.sources.files import find_files, geometry_problem, opened
+from aeheight.windows import Region
+
+_LOWEST, _HIGHEST = -1000.0, 9000.0
+"""Metres: no surface of the Earth lies outside; what does is a missing-value nobody declared."""
+
+
+_TOLERANCE = 1e-6
+"""Source pixels: an exact transform, so that a height does not depend on the cut (0 is refused)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Raster:
+    """One single-band raster, or the asset of one STAC item."""
+
+    href: str
+    crs: str
+    bounds: Bounds
+    """In its own CRS."""
+    resolution: float
+    """Edge of a pixel in units of its own CRS (the larger one)."""
+    nodata: float | None
+    """What a missing pixel holds; None: NaN."""
+    item: dict[str, Any] | None = None
+    """The STAC item, for a source that is read by stackstac."""
+
+    def bounds_in(self, crs: str) -> Bounds:
+        """Bounds in another CRS."""
+        return reproject_bounds(self.bounds, self.crs, crs)
+
+
+@dataclass(frozen=True, slots=True)
+class HeightSource:
+    """Every raster of one height model that touches the grid."""
+
+    rasters: tuple[Raster, ...]
+    """In order of precedence: where two overlap, the first valid pixel counts."""
+    asset: str
+    """STAC: the asset's key."""
+
+
+def scan_heights(
+    settings: RegionSettings, wanted: HeightSettings, grid: Grid, key: str
+) -> HeightSource:
+    """The rasters of a height model that touch the grid, from headers alone.
+
+    Raises:
+        InputError: see `sources.scan`.
+    """
+    scan = _scan_stac if wanted.source == "stac" else _scan_rasters
+    rasters = scan(settings, wanted, key)
+    touching = tuple(raster for raster in rasters if _touches(raster, grid, 0))
+    if not touching:
+        raise InputError(
+            f"{key}: none of its {len(rasters)} rasters touches the grid {list(grid.bounds)} "
+            f"({grid.crs}); the first covers {list(rasters[0].bounds)} ({rasters[0].crs}): "
+            "embeddings and heights must share ground"
+        )
+    return HeightSource(touching, wanted.asset)
+
+
+def _touches(raster: Raster, grid: Grid, margin: float) -> bool:
+    try:
+        west, south, east, north = raster.bounds_in(grid.crs)
+    except InputError:
+        return False
+    w, s, e, n = grid.bounds
+    return west - margin < e and w < east + margin and south - margin < n and s < north + margin
+
+
+def _scan_rasters(settings: RegionSettings, wanted: HeightSettings, key: str) -> list[Raster]:
+    return [_header(href, wanted.nodata, key) for href in find_files(settings, wanted.href, key)]
+
+
+def _header(href: str, nodata: float | None, key: str) -> Raster:
+    with opened(href) as dataset:
+        problem = geometry_problem(dataset)
+        if dataset.count != 1:
+            problem = f"it has {dataset.count} bands; a height model has one"
+        if problem:
+            raise InputError(f"{key}: {href}: {problem}")
+        transform = dataset.transform
+        declared = dataset.nodata if nodata is None else nodata
+        return Raster(
+            href,
+            crs_name(dataset.crs),
+            tuple(dataset.bounds),
+            max(abs(transform.a), abs(transform.e)),
+            None if declared is None or np.isnan(declared) else declared,
+        )
+
+
+def _scan_stac(settings: RegionSettings, wanted: HeightSettings, key: str) -> list[Raster]:
+    hrefs = [wanted.href] if isinstance(wanted.href, str) else wanted.href
+    items = [item for href in hrefs for item in _items(settings.resolve(href), key)]
+    if not items:
+        raise InputError(f"{key}.href: {wanted.href!r} holds no STAC item")
+    rasters = []
+    for item in items:
+        if wanted.asset not in item.assets:
+            raise InputError(
+                f"{key}: STAC item {item.id} has no asset {wanted.asset!r}; it has "
+                f"{sorted(item.assets)}: name one in {key}.asset"
+            )
+        item.make_asset_hrefs_absolute()
+        rasters.append(_item_raster(item, wanted, key))
+    return rasters
+
+
+def _items(href: str, key: str) -> list[pystac.Item]:
+    try:
+        text = pystac.StacIO.default().read_text(href)
+        described = json.loads(text)
+        if described.get("type") == "FeatureCollection":
+            return list(pystac.ItemCollection.from_dict(described))
+        opened_object = pystac.read_file(href)
+    except (OSError, ValueError, pystac.STACError) as error:
+        raise InputError(
+            f"{key}.href: {href} cannot be read as STAC ({error}); give a catalogue, collection, "
+            "item or item collection, or use source: raster"
+        ) from error
+    if isinstance(opened_object, pystac.Item):
+        return [opened_object]
+    assert isinstance(opened_object, pystac.Catalog)
+    return list(opened_object.get_items(recursive=True))
+
+
+def _item_raster(item: pystac.Item, wanted: HeightSettings, key: str) -> Raster:
+    """From the item alone where it has the projection extension, else from the file's header."""
+    asset = item.assets[wanted.asset]
+    about = item.properties | asset.extra_fields
+    code = about.get("proj:code") or (about.get("proj:epsg") and f"EPSG:{about['proj:epsg']}")
+    transform, shape = about.get("proj:transform"), about.get("proj:shape")
+    plain = item.to_dict(include_self_link=False, transform_hrefs=False)
+    plain["assets"] = {wanted.asset: plain["assets"][wanted.asset]}
+    plain["links"] = []
+    if not (code and transform and shape):
+        header = _header(asset.href, wanted.nodata, key)
+        return Raster(
+            header.href, header.crs, header.bounds, header.resolution, header.nodata, plain
+        )
+    dx, _, left, _, dy, top = transform[:6]
+    bottom, right = top + dy * shape[0], left + dx * shape[1]
+    bounds = (left, min(top, bottom), right, max(top, bottom))
+    return Raster(asset.href, crs_name(code), bounds, max(abs(dx), abs(dy)), wanted.nodata, plain)
+
+
+def read_heights(
+    source: HeightSource, grid: Grid, region: Region, nodata: float | None
+) -> NDArray[np.float32]:
+    """Heights of a region: (rows, columns) float32 metres, NaN where there is none.
+
+    Args:
+        source: from `scan_heights`.
+        grid: the whole grid.
+        region: pixels of it.
+        nodata: the missing-value of files that declare none.
+
+    Raises:
+        OSError: a file breaks off.
+        InputError: a height that no ground on Earth has.
+    """
+    target = grid.part(region)
+    rasters = [raster for raster in source.rasters if _touches(raster, target, grid.resolution)]
+    out = np.full(region.shape, np.nan, dtype=np.float32)
+    if not rasters:
+        return out
+    if rasters[0].item is not None:
+        out = _read_stac(rasters, source.asset, target, nodata)
+    else:
+        for raster in rasters:
+            values = _warp(raster, target)
+            np.copyto(out, values, where=np.isnan(out))
+    strange = out[(out < _LOWEST) | (out > _HIGHEST)]
+    if strange.size:
+        raise InputError(
+            f"{rasters[0].href}: {strange.size} heights like {strange[0]:g} m lie outside "
+            f"{_LOWEST:g} to {_HIGHEST:g} m; if that is a missing-value that the file does not "
+            "declare, name it in `nodata`"
+        )
+    return out
+
+
+def _resampling(raster: Raster, target: Grid) -> Resampling:
+    """Average a finer source, interpolate a coarser one; the same lattice is copied."""
+    west, south, east, north = raster.bounds
+    middle = ((west + east) / 2, (south + north) / 2)
+    pixel = (*middle, middle[0] + raster.resolution, middle[1] + raster.resolution)
+    w, s, e, n = reproject_bounds(pixel, raster.crs, target.crs)
+    ratio = max(e - w, n - s) / target.resolution
+    if ratio < 0.999:
+        return Resampling.average
+    row, col = target.offset(raster.bounds[0], raster.bounds[3])
+    aligned = abs(row - round(row)) < 1e-6 and abs(col - round(col)) < 1e-6
+    if raster.crs == target.crs and ratio < 1.001 and aligned:
+        return Resampling.nearest
+    return Resampling.bilinear
+
+
+def _warp(raster: Raster, target: Grid) -> NDArray[np.float32]:
+    missing = np.nan if raster.nodata is None else raster.nodata
+    with (
+        opened(raster.href) as dataset,
+        WarpedVRT(
+            dataset,
+            crs=target.crs,
+            transform=target.transform,
+            height=target.shape[0],
+            width=target.shape[1],
+            src_nodata=missing,
+            nodata=np.nan,
+            dtype="float32",
+            resampling=_resampling(raster, target),
+            tolerance=_TOLERANCE,
+        ) as warped,
+    ):
+        values: NDArray[np.float32] = warped.read(1)
+        return values
+
+
+def _read_stac(
+    rasters: list[Raster], asset: str, target: Grid, nodata: float | None
+) -> NDArray[np.float32]:
+    epsg = CRS.from_user_input(target.crs).to_epsg()
+    if epsg is None:
+        raise InputError(f"stackstac needs a grid with an EPSG code, not {target.crs[:60]}...")
+    stack = stackstac.stack(
+        [raster.item for raster in rasters],
+        assets=[asset],
+        epsg=epsg,
+        resolution=target.resolution,
+        bounds=target.bounds,
+        snap_bounds=False,
+        xy_coords="center",
+        resampling=_resampling(rasters[0], target),
+        dtype=np.dtype("float32"),
+        fill_value=np.float32(np.nan),
+        rescale=False,
+        sortby_date=False,
+        properties=False,
+        band_coords=False,
+        chunksize=max(target.shape),
+    )
+    stack = stack.isel(band=0)
+    if nodata is not None:
+        stack = stack.where(stack != np.float32(nodata))
+    mosaic: xr.DataArray = stackstac.mosaic(stack, dim="time", nodata=np.nan)
+    values: NDArray[np.float32] = mosaic.compute(scheduler="synchronous").to_numpy()
+    if values.shape != target.shape:
+        raise AssertionError(f"stackstac gave {values.shape} for {target.shape}")
+    return values

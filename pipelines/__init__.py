@@ -1,0 +1,1 @@
+"""Programs over regions: the demo, one region from end to end, and the study."""
