@@ -148,7 +148,7 @@ def run_shards(
     """
     started = time.monotonic()
     waiting = iter(shards)
-    names: dict[str, Shard] = {}
+    names: dict[Any, Shard] = {}
     failed: dict[str, str] = {}
     pixels = 0
     resources = {"GPU": 1} if _has_gpus(client) else None

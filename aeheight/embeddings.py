@@ -58,7 +58,8 @@ def encode(values: NDArray[np.floating]) -> NDArray[np.int8]:
 
 def valid(codes: NDArray[np.int8]) -> NDArray[np.bool_]:
     """Where a pixel has an embedding: (64, rows, columns) codes to (rows, columns)."""
-    return np.not_equal(codes[0], NODATA)
+    found: NDArray[np.bool_] = codes[0] != NODATA
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ FORMAT_VERSION: Final = 1
 
 _BLOCK = 65_536
 _STRIP = 64
+_HEAD = "segmentation_head."
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +331,7 @@ def build(model: ModelSettings, bands: int = BANDS) -> torch.nn.Module:
             f"{model.architecture}: {error}; take another, such as resnet18"
         ) from error
     for name, parameter in network.named_parameters():
-        if name.startswith("segmentation_head."):
+        if name.startswith(_HEAD):
             torch.nn.init.zeros_(parameter)
     return network
 
@@ -350,9 +351,20 @@ class HeightModel(torch.nn.Module):
         self.register_buffer("_terms", torch.from_numpy(ridge.terms), persistent=False)
 
     @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self._values.device
+
+    @property
     def needs_prior(self) -> bool:
         """Whether the base is the prior."""
         return self.base_kind == "prior"
+
+    def start_at(self, offset: float) -> None:
+        """Let the untrained network add `offset` metres everywhere, such as a prior's bias."""
+        for name, parameter in self.named_parameters():
+            if _HEAD in name and parameter.ndim == 1:
+                torch.nn.init.constant_(parameter, offset / self.scale)
 
     def usable(self, codes: Tensor, prior: Tensor | None) -> Tensor:
         """Where a height can be told: (n, 64, h, w) codes to (n, h, w) bool."""
@@ -415,7 +427,6 @@ class Predictor:
         Raises:
             InputError: the weights do not fit the network that the settings describe.
         """
-        self._device = torch.device(device)
         model = HeightModel(checkpoint.model, checkpoint.base, checkpoint.ridge, checkpoint.scale)
         if model.network is not None:
             try:
@@ -426,7 +437,7 @@ class Predictor:
                     f"{checkpoint.model.encoder} as segmentation-models-pytorch {smp.__version__} "
                     "builds it: use the version that trained it, or train again"
                 ) from error
-        self._model = model.eval().to(self._device).to(memory_format=torch.channels_last)
+        self._model = model.eval().to(device).to(memory_format=torch.channels_last)
 
     @property
     def stride(self) -> int:
@@ -459,7 +470,7 @@ class Predictor:
         return heights
 
     def _put(self, array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(self._device)
+        return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(self._model.device)
 
     def _check(self, codes: NDArray[np.int8], prior: NDArray[np.float32] | None) -> None:
         n, bands, height, width = codes.shape

@@ -4,6 +4,7 @@ A split is blocks of ground with a buffer between their uses, never random patch
 pixels of a height map are nearly equal, and a test on them would only measure that.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -40,7 +41,8 @@ class Patch:
 
     def usable(self, use: int) -> NDArray[np.bool_]:
         """(p, p) pixels of one use that have both an embedding and a reference."""
-        return (self.use == use) & valid(self.codes) & ~np.isnan(self.height)
+        usable: NDArray[np.bool_] = (self.use == use) & valid(self.codes) & ~np.isnan(self.height)
+        return usable
 
 
 def draw_split(
@@ -145,6 +147,7 @@ class Patches:
     _validation: dict[Spot, int] = field(default_factory=dict)
     _chunks: "OrderedDict[tuple[Any, ...], NDArray[Any]]" = field(default_factory=OrderedDict)
     _held: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def sweep(self) -> Iterator[Patch]:
         """Every shard that holds training ground, once; counts the usable ground on the way."""
@@ -235,10 +238,15 @@ class Patches:
 
     def _chunk(self, group: str, layer: str, year: int | None, chunk: Region) -> NDArray[Any]:
         key = (group, layer, year, chunk)
-        if key not in self._chunks:
-            self._chunks[key] = self.tree.read(group, layer, year, chunk)
-            self._held += self._chunks[key].nbytes
+        with self._lock:
+            if key in self._chunks:
+                self._chunks.move_to_end(key)
+                return self._chunks[key]
+        values = self.tree.read(group, layer, year, chunk)
+        with self._lock:
+            if key not in self._chunks:
+                self._chunks[key] = values
+                self._held += values.nbytes
             while self._held > self.cache_bytes and len(self._chunks) > 1:
                 self._held -= self._chunks.popitem(last=False)[1].nbytes
-        self._chunks.move_to_end(key)
-        return self._chunks[key]
+        return values

@@ -133,7 +133,7 @@ class Ledger:
         """Names of the shards that have a receipt."""
         return {
             key.removesuffix(".json")
-            for key in self.store.keys()
+            for key in self.store.keys()  # noqa: SIM118
             if key.endswith(".json") and "/" in key
         }
 

@@ -196,8 +196,12 @@ def _predictors(report: Report) -> dict[str, Mapping[str, Summary]]:
     """The model first, then its baselines from the strongest kind to the weakest."""
     baselines = report.metrics.get("baselines", {})
     order = sorted(baselines, key=lambda name: [*NAMES, name].index(name))
-    named = {NAMES.get(name, name): baselines[name] for name in order}
-    return {report.model: report.metrics["model"], **named}
+    predictors = {report.model: report.metrics["model"]}
+    for name in order:
+        label = NAMES.get(name, name)
+        # A model may be a ridge itself, and must not vanish behind its baseline.
+        predictors[f"{label} (baseline)" if label in predictors else label] = baselines[name]
+    return predictors
 
 
 def _bars(report: Report, split: str) -> list[dict[str, Any]]:
@@ -297,7 +301,8 @@ def _map_rows(maps: Sequence[Maps]) -> list[dict[str, str]]:
     limits = _height_limits(maps)
     most = _robust(np.abs(panel.difference) for panel in maps)
     heights, errors = Normalize(*limits), Normalize(-most, most)
-    dpi = 200 * min(1.0, math.sqrt(2 / max(len(maps), 1)))  # many zones must not swell the page
+    # Many zones must not swell the page, and their labels must stay legible.
+    dpi = max(90.0, 200 * min(1.0, math.sqrt(2 / max(len(maps), 1))))
     rows = []
     for panel in maps:
         row = {
@@ -392,7 +397,7 @@ def _colourbar(
 
 
 def _draw_scatter(edges: NDArray[np.float64], counts: NDArray[np.int64]) -> Figure:
-    figure = Figure(figsize=(5.2, 4.5), layout="constrained")
+    figure = Figure(figsize=(4.4, 4.0), layout="constrained")
     axes = figure.add_subplot(aspect="equal")
     table = np.ma.masked_equal(counts.T, 0)
     limits = LogNorm(1, max(int(counts.max()), 2))
@@ -412,7 +417,7 @@ def _draw_scatter(edges: NDArray[np.float64], counts: NDArray[np.int64]) -> Figu
 def _draw_errors(
     edges: NDArray[np.float64], counts: NDArray[np.int64], summary: Mapping[str, Any]
 ) -> Figure:
-    figure = Figure(figsize=(5.2, 4.5), layout="constrained")
+    figure = Figure(figsize=(4.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
     share = 100 * counts / (summary.get("n") or counts.sum())
     axes.stairs(share, edges, fill=True, color=BLUE)
@@ -427,7 +432,7 @@ def _draw_errors(
     width = float(edges[1] - edges[0])
     axes.set(xlabel="predicted − reference [m]", ylabel=f"share of pixels [% per {width:.3g} m]")
     axes.set(xlim=(edges[0], edges[-1]), ylim=(0, 1.06 * float(share.max())))
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8, handlelength=1.4)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8, handlelength=1.4)
     return figure
 
 
@@ -442,7 +447,7 @@ def _draw_history(history: Sequence[Mapping[str, float | None]]) -> Figure | Non
     panels = bool(losses) + bool(curves["validation_rmse"])
     if not panels:
         return None
-    figure = Figure(figsize=(6.4, 1.9 * panels + 0.3), layout="constrained")
+    figure = Figure(figsize=(4.9, 1.8 * panels + 0.3), layout="constrained")
     stack = list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
     stack[-1].set_xlabel("epoch")
     stack[-1].xaxis.get_major_locator().set_params(integer=True)

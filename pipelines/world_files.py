@@ -119,7 +119,9 @@ def write_dsm(folder: Path, heights: NDArray[np.float32], corner: Corner, crs: s
             _write_cog(path, part, crs, transform, DSM_NODATA)
             items.append(_dsm_item(name, path, crs, part.shape, transform))
     collection = pystac.Collection(
-        DSM_COLLECTION, "Surface heights (terrain, trees, buildings), 5 m.", _extent(items)
+        DSM_COLLECTION,
+        "Surface heights (terrain, trees, buildings), 5 m.",
+        pystac.Extent.from_items(items),
     )
     catalog.add_child(collection)
     collection.add_items(items)
@@ -176,11 +178,6 @@ def _rectangle(bounds: tuple[float, float, float, float]) -> dict[str, Any]:
     return {"type": "Polygon", "coordinates": [ring]}
 
 
-def _extent(items: list[pystac.Item]) -> pystac.Extent:
-    extent = pystac.Extent.from_items(items)
-    return extent
-
-
 def write_prior(
     path: Path,
     heights: NDArray[np.float32],
@@ -230,4 +227,4 @@ def _bilinear(
     a, b = row - i, column - j
     upper = (1 - b) * field[i, j] + b * field[i, j + 1]
     lower = (1 - b) * field[i + 1, j] + b * field[i + 1, j + 1]
-    return (1 - a) * upper + a * lower
+    return np.asarray((1 - a) * upper + a * lower)

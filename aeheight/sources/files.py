@@ -11,6 +11,7 @@ from rasterio.errors import RasterioIOError
 
 from aeheight.errors import InputError
 from aeheight.settings import RegionSettings
+from aeheight.store import Store
 
 _RASTERS = (".tif", ".tiff", ".vrt", ".img", ".asc", ".hgt")
 
@@ -40,7 +41,10 @@ def find_files(settings: RegionSettings, hrefs: str | list[str], key: str) -> li
 
 def _matches(href: str) -> list[str]:
     if "://" in href:
-        return [href]
+        if not href.endswith("/"):
+            return [href]
+        keys = Store.at(href).keys()
+        return sorted(href + key for key in keys if key.lower().endswith(_RASTERS))
     path = Path(href)
     if path.is_dir():
         return sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in _RASTERS)

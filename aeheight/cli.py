@@ -1,0 +1,142 @@
+"""The command `aeheight`: one verb a step, and run, status, verify.
+
+Exit codes: 0 done; 1 finished with failed shards (listed), or interrupted in a state that a rerun
+takes up; 2 bad input.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from aeheight import __version__
+from aeheight.errors import InputError
+from aeheight.settings import load_region
+
+DONE, UNFINISHED, BAD_INPUT = 0, 1, 2
+
+_VERBS = {
+    "ingest": "tiles and rasters to the cube",
+    "train": "the cube to a model",
+    "predict": "the cube and a model to a map of heights",
+    "evaluate": "the map against its reference: metrics and a report",
+    "run": "all steps in order; what is done is skipped",
+    "status": "what is done and what is left",
+    "verify": "read every finished shard again and compare its checksum",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's grammar."""
+    parser = argparse.ArgumentParser(
+        prog="aeheight", description="Height maps of whole regions from Earth embeddings."
+    )
+    parser.add_argument("--version", action="version", version=f"aeheight {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, summary in _VERBS.items():
+        command = verbs.add_parser(verb, help=summary, description=summary.capitalize() + ".")
+        command.add_argument("region", metavar="REGION.yaml", help="the region file")
+        command.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            dest="overrides",
+            help="override a setting, such as model.epochs=3; may be given again",
+        )
+        command.add_argument(
+            "--json", action="store_true", dest="as_json", help="results and progress as JSON"
+        )
+        if verb not in ("status", "verify"):
+            _add_work(command)
+        if verb in ("predict", "run"):
+            command.add_argument(
+                "--checkpoint",
+                metavar="PATH",
+                help="a model trained elsewhere: a .ckpt, or another run's store",
+            )
+        if verb == "verify":
+            command.add_argument(
+                "--repair", action="store_true", help="make the damaged shards again"
+            )
+    return parser
+
+
+def _add_work(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--plan", action="store_true", help="print what would be done, and stop")
+    command.add_argument(
+        "--overwrite", action="store_true", help="discard the step's receipts and outputs first"
+    )
+    command.add_argument(
+        "--workers",
+        type=_positive,
+        metavar="N",
+        help="worker processes on this machine (default: one for two cores)",
+    )
+    command.add_argument(
+        "--scheduler", metavar="ADDRESS", help="a Dask scheduler, such as tcp://host:8786"
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    logging.getLogger("distributed").setLevel(logging.ERROR)
+    try:
+        return _dispatch(arguments)
+    except InputError as error:
+        _complain(arguments, str(error))
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        _complain(arguments, "interrupted; finished shards are kept, run again to go on")
+        return UNFINISHED
+    except OSError as error:
+        _complain(arguments, f"{error}; finished shards are kept, run again to go on")
+        return UNFINISHED
+
+
+def _complain(arguments: argparse.Namespace, message: str) -> None:
+    text = json.dumps({"error": message}) if arguments.as_json else f"aeheight: {message}"
+    print(text, file=sys.stderr)  # noqa: T201
+
+
+def _dispatch(arguments: argparse.Namespace) -> int:
+    settings = load_region(arguments.region, arguments.overrides)
+    # Heavy libraries load only once the region file is known to be good.
+    from aeheight.steps import pipeline  # noqa: PLC0415
+    from aeheight.steps.run import Options, Run  # noqa: PLC0415
+
+    options = Options(
+        overwrite=getattr(arguments, "overwrite", False),
+        scheduler=getattr(arguments, "scheduler", None),
+        workers=getattr(arguments, "workers", None),
+        checkpoint=getattr(arguments, "checkpoint", None),
+        as_json=arguments.as_json,
+    )
+    run = Run(settings, options)
+    say: Callable[[dict[str, Any], list[str]], None] = (
+        (lambda facts, _: print(json.dumps(facts)))  # noqa: T201
+        if arguments.as_json
+        else (lambda _, lines: print("\n".join(lines), flush=True))  # noqa: T201
+    )
+    if arguments.verb == "status":
+        return pipeline.status(run, say)
+    if arguments.verb == "verify":
+        return pipeline.verify(run, say, repair=arguments.repair)
+    steps = pipeline.steps_of(run, arguments.verb)
+    if arguments.plan:
+        return pipeline.show_plans(run, steps, say)
+    return pipeline.execute(run, steps, say)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,295 @@
+"""Evaluate: the sums of every shard, one a task; merged once, they make the report."""
+
+import io
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aeheight.cluster import Outcome
+from aeheight.cube import Shard, Template, Tree, checksum, open_tree
+from aeheight.errors import InputError
+from aeheight.grid import Grid
+from aeheight.metrics import Scatter, Stats, dump
+from aeheight.models import Checkpoint
+from aeheight.patches import USES
+from aeheight.receipts import Ledger, Receipt, receipt_for
+from aeheight.steps.predict import MODEL
+from aeheight.steps.run import Plan, Run, carry_out
+from aeheight.steps.split import record_split
+from aeheight.steps.summary import summarise, thin
+from aeheight.store import Store
+from aeheight.windows import Region
+
+SLOPES = (0.0, 2.0, 5.0, 10.0, 20.0, 30.0, 45.0, 90.0)
+"""Class edges of the slope, degrees."""
+
+
+def plan(run: Run) -> Plan:
+    """What evaluate would read, from metadata alone.
+
+    Raises:
+        InputError: the region has no height, or there is no cube yet.
+    """
+    cube = run.open_cube().template
+    if run.settings.height is None:
+        raise InputError("evaluation needs a reference: the region has no `height`")
+    shards = _shards(cube)
+    per_pixel = 64 + 4 * sum(layer.dtype == "float32" for layer in cube.layers) + 5
+    return Plan(
+        "evaluate",
+        {
+            "year": cube.years[0],
+            "shards": len(shards),
+            "pending": len(run.ledger("report").pending(shards)),
+            "bytes_to_read": per_pixel * sum(shard.region.size for shard in shards),
+            "peak_worker_bytes": 300_000_000 + cube.cut.shard**2 * 250,
+        },
+    )
+
+
+def _shards(cube: Template) -> list[Shard]:
+    """One a shard of the map's first year: references carry no year to tell years apart."""
+    return [Shard(s.group, "report", cube.years[0], s.region) for s in cube.shards("height")]
+
+
+def execute(run: Run) -> Outcome:
+    """Sum up every pending shard, then write metrics.json and the page.
+
+    Raises:
+        InputError: the map is not whole, or its model was trained on another split of this ground.
+    """
+    split = record_split(run)
+    cube, checkpoint = run.open_cube(), _whole_map(run)
+    trained = checkpoint.provenance
+    if trained.cube == cube.identity and trained.split != split:
+        raise InputError(
+            "the model was trained on another split of this very ground: its test pixels may have "
+            "been training pixels; train again with --overwrite, or set `split` back"
+        )
+    ledger = run.ledger("report")
+    if run.options.overwrite:
+        ledger.store.remove()
+        run.report.remove()
+    edges = _height_edges(run, cube.template)
+    heights = open_tree(run.heights)
+    key = ledger.begin(
+        {
+            "heights": heights.identity,
+            "checkpoint": checkpoint.digest,
+            "cube": cube.identity,
+            "split": split,
+            "height_classes": list(edges),
+            "slope_classes": list(SLOPES),
+        }
+    )
+    task = SumUp(
+        cube.store.uri,
+        heights.store.uri,
+        heights.identity,
+        run.ledger("heights").store.uri,
+        ledger.store.uri,
+        key,
+        edges,
+    )
+    shards = _shards(cube.template)
+    outcome = carry_out(run, "evaluate", ledger, shards, task, key)
+    if not outcome.failed and (outcome.done or not run.report.exists("index.html")):
+        summarise(run, cube.template, shards, checkpoint, edges, SLOPES)
+    return outcome
+
+
+def _whole_map(run: Run) -> Checkpoint:
+    """The checkpoint of a map that is complete."""
+    ledger = run.ledger("heights")
+    try:
+        left = ledger.pending(open_tree(run.heights).template.shards("height"))
+        checkpoint = Checkpoint.from_bytes(ledger.store.read(MODEL))
+    except (InputError, FileNotFoundError) as error:
+        raise InputError(
+            f"there is no map at {run.heights.uri} yet; run aeheight predict"
+        ) from error
+    if left:
+        raise InputError(f"{len(left)} shards of the map are missing; run aeheight predict again")
+    return checkpoint
+
+
+def _height_edges(run: Run, cube: Template) -> tuple[float, ...]:
+    """Round class edges, at most ten classes, that span the reference; metres."""
+    receipts = [run.ledger("cube").receipt(shard.name) for shard in cube.shards("height")]
+    lows = [r.minimum for r in receipts if r.minimum is not None]
+    highs = [r.maximum for r in receipts if r.maximum is not None]
+    return round_edges(min(lows), max(highs)) if lows else (0.0, 1.0)
+
+
+def round_edges(low: float, high: float) -> tuple[float, ...]:
+    """Edges on multiples of 1, 2 or 5 times a power of ten, at most ten classes.
+
+    >>> round_edges(3.2, 118.0)
+    (0.0, 20.0, 40.0, 60.0, 80.0, 100.0, 120.0)
+    """
+    span = max(high - low, 1e-3)
+    steps = [m * 10.0**e for e in range(-4, 5) for m in (1, 2, 5)]
+    step = next(step for step in steps if span / step <= 8)
+    first, last = np.floor(low / step), np.floor(high / step) + 1
+    return tuple(float(k * step) for k in np.arange(first, last + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class SumUp:
+    """Makes the sums of one shard; travels to workers as these few words."""
+
+    cube: str
+    heights: str
+    identity: str
+    heights_ledger: str
+    ledger: str
+    key: str
+    height_edges: tuple[float, ...]
+
+    def __call__(self, shard: Shard) -> Receipt:
+        """Read, sum up, store the sums, leave the receipt."""
+        started = time.monotonic()
+        cube, heights, checkpoint = _opened(
+            self.cube, self.heights, self.identity, self.heights_ledger
+        )
+        grid = cube.template.grid(shard.group)
+        ground = _Ground.read(cube, heights, checkpoint, shard)
+        sums: dict[str, Stats | Scatter] = dict(ground.tables())
+        for name, values, edges in (
+            ("slope", ground.slope, SLOPES),
+            ("height", ground.reference, self.height_edges),
+        ):
+            sums |= ground.classes(name, values, edges)
+        data = _pack(sums, ground, thin(grid.shape), shard.region)
+        ledger = Ledger(Store(self.ledger))
+        ledger.store.write(part_key(shard), data)
+        receipt = receipt_for(
+            shard,
+            ground.predicted,
+            checksum(np.frombuffer(data, np.uint8)),
+            ~np.isnan(ground.predicted),
+            self.key,
+            started,
+        )
+        ledger.leave(receipt)
+        return receipt
+
+
+@lru_cache(maxsize=2)
+def _opened(cube: str, heights: str, _identity: str, ledger: str) -> tuple[Tree, Tree, Checkpoint]:
+    checkpoint = Checkpoint.from_bytes(Store(ledger).read(MODEL))
+    return open_tree(Store(cube)), open_tree(Store(heights)), checkpoint
+
+
+def part_key(shard: Shard) -> str:
+    """Where the sums of a shard lie, beside its receipt."""
+    return f"{shard.name}.npz"
+
+
+@dataclass(frozen=True, slots=True)
+class _Ground:
+    """One shard: all (rows, columns)."""
+
+    reference: NDArray[np.float32]
+    predicted: NDArray[np.float32]
+    use: NDArray[np.uint8]
+    slope: NDArray[np.float32]
+    baselines: dict[str, NDArray[np.float32]]
+
+    @classmethod
+    def read(cls, cube: Tree, heights: Tree, checkpoint: Checkpoint, shard: Shard) -> "_Ground":
+        group, region, year = shard.group, shard.region, shard.year
+        around = cube.read(group, "height", None, region.expand(1))
+        codes = cube.read(group, "embedding", year, region)
+        reference = around[1:-1, 1:-1]
+        baselines = {
+            "mean": np.full(region.shape, checkpoint.ridge.mean, dtype=np.float32),
+            "ridge": checkpoint.ridge.predict(codes),
+        }
+        if any(layer.name == "prior" for layer in cube.template.layers):
+            baselines["prior"] = cube.read(group, "prior", None, region)
+        return cls(
+            reference,
+            heights.read(group, "height", year, region),
+            cube.read(group, "split", None, region),
+            slope(around, *_pixel(cube.template.grid(group), region)),
+            baselines,
+        )
+
+    def tables(self) -> Iterator[tuple[str, Stats | Scatter]]:
+        for split, judged in self._splits():
+            for name, values in {"model": self.predicted, **self.baselines}.items():
+                yield f"{name}/{split}", self._stats(values, judged)
+            yield (
+                f"scatter/{split}",
+                Scatter.of(
+                    self.predicted,
+                    self.reference,
+                    reference_valid=judged,
+                    predicted_valid=~np.isnan(self.predicted),
+                ),
+            )
+
+    def classes(
+        self, name: str, values: NDArray[np.float32], edges: tuple[float, ...]
+    ) -> Iterator[tuple[str, Stats]]:
+        place = np.digitize(values, edges) - 1
+        place[np.isnan(values)] = -1
+        for split, judged in self._splits():
+            for k in range(len(edges) - 1):
+                chosen = judged & (place == k)
+                if chosen.any():
+                    yield f"{name}/{split}/{k}", self._stats(self.predicted, chosen)
+
+    def _splits(self) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+        known = ~np.isnan(self.reference)
+        for split, use in USES.items():
+            yield split, known & (self.use == use)
+        yield "all", known
+
+    def _stats(self, values: NDArray[np.float32], judged: NDArray[np.bool_]) -> Stats:
+        return Stats.of(
+            values, self.reference, reference_valid=judged, predicted_valid=~np.isnan(values)
+        )
+
+
+def _pixel(grid: Grid, region: Region) -> tuple[float, float]:
+    return grid.part(region).pixel_metres()
+
+
+def slope(height: NDArray[np.float32], dy: float, dx: float) -> NDArray[np.float32]:
+    """Slope in degrees by Horn's 3 x 3 weighted differences, NaN where a neighbour is missing.
+
+    Horn (1981), Hill shading and the reflectance map, doi:10.1109/PROC.1981.11918.
+
+    Args:
+        height: (rows + 2, columns + 2) metres, one pixel wider on every side than the result.
+        dy: height of a pixel in metres.
+        dx: width of a pixel in metres.
+    """
+    z = height.astype(np.float64)
+    across = z[:-2] + 2 * z[1:-1] + z[2:]
+    down = z[:, :-2] + 2 * z[:, 1:-1] + z[:, 2:]
+    east = (across[:, 2:] - across[:, :-2]) / (8 * dx)
+    south = (down[2:] - down[:-2]) / (8 * dy)
+    return np.degrees(np.arctan(np.hypot(east, south))).astype(np.float32)
+
+
+def _pack(sums: dict[str, Stats | Scatter], ground: _Ground, every: int, region: Region) -> bytes:
+    """Sums and thinned maps as npz; the pixels taken are multiples of `every` on the whole grid."""
+    rows = slice(-region.row % every, None, every)
+    cols = slice(-region.col % every, None, every)
+    arrays: dict[str, NDArray[Any]] = {
+        "sums": np.frombuffer(dump(sums), dtype=np.uint8),
+        "reference": ground.reference[rows, cols],
+        "predicted": ground.predicted[rows, cols],
+        "use": ground.use[rows, cols],
+    }
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()

@@ -1,0 +1,202 @@
+"""Ingest: tiles and rasters to the cube, one shard a task."""
+
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aeheight import embeddings
+from aeheight.cluster import Outcome
+from aeheight.cube import Layer, Shard, Template, Tree, create, open_tree
+from aeheight.errors import InputError
+from aeheight.grid import Grid
+from aeheight.receipts import Ledger, Receipt, receipt_for
+from aeheight.settings import HeightSettings, RegionSettings
+from aeheight.sources import Sources, read_embeddings, read_heights, scan
+from aeheight.steps.run import Plan, Run, carry_out
+from aeheight.store import Store
+
+_SOURCES = "sources.json"
+
+
+def template(settings: RegionSettings, grid: Grid) -> Template:
+    """The cube of a region, before its first pixel."""
+    layers = [
+        Layer(
+            "embedding",
+            "int8",
+            embeddings.NODATA,
+            timed=True,
+            bands=embeddings.BAND_NAMES,
+            attributes={
+                "long_name": "AlphaEarth Foundations embedding, as its int8 code",
+                "comment": "u = code / 127.5; value = u * |u|; -128 is nodata, in all bands",
+                "units": "1",
+                "attribution": embeddings.ATTRIBUTION,
+                "embedding_version": embeddings.VERSION,
+            },
+        )
+    ]
+    for name, wanted in (("height", settings.height), ("prior", settings.prior)):
+        if wanted:
+            layers.append(Layer(name, "float32", np.nan, attributes=_about(name, wanted)))
+    if settings.height:
+        layers.append(
+            Layer(
+                "split",
+                "uint8",
+                0,
+                attributes={
+                    "long_name": "use of the ground",
+                    "flag_values": [0, 1, 2, 3],
+                    "flag_meanings": "unused train validation test",
+                },
+            )
+        )
+    return Template(
+        (grid,),
+        tuple(layers),
+        settings.embeddings.years,
+        settings.cube,
+        f"aeheight cube of {settings.name}",
+    )
+
+
+def _about(name: str, wanted: HeightSettings) -> dict[str, Any]:
+    kind = {"dsm": "surface", "dtm": "terrain"}[wanted.surface]
+    return {
+        "long_name": f"{'reference' if name == 'height' else 'prior'} height of the {kind}",
+        "standard_name": "surface_altitude",
+        "units": "m",
+        "surface": wanted.surface,
+        "vertical_datum": wanted.vertical_datum,
+        "epoch": wanted.epoch or "unknown",
+    }
+
+
+def begun_with(settings: RegionSettings, grid: Grid) -> dict[str, Any]:
+    """The settings that the cube's receipts hold on to."""
+    wanted = settings.model_dump(mode="json", include={"embeddings", "height", "prior", "cube"})
+    return wanted | {
+        "grid": {"crs": grid.crs, "resolution": grid.resolution, "bounds": list(grid.bounds)}
+    }
+
+
+def plan(run: Run) -> Plan:
+    """What ingest would read and write, from headers alone.
+
+    Raises:
+        InputError: bad input; see `sources.scan`.
+    """
+    grid, sources = scan(run.settings)
+    made = template(run.settings, grid)
+    shards = _shards(made)
+    pending = run.ledger("cube").pending(shards)
+    edge = made.cut.shard
+    written = sum(_shard_bytes(made, shard) for shard in shards)
+    return Plan(
+        "ingest",
+        {
+            "group": grid.name,
+            "crs": grid.crs,
+            "resolution": grid.resolution,
+            "rows_x_columns": f"{grid.shape[0]} x {grid.shape[1]}",
+            "bounds": grid.bounds,
+            "years": list(made.years),
+            "tiles": len(sources.tiles),
+            "height_rasters": len(sources.height.rasters) if sources.height else 0,
+            "prior_rasters": len(sources.prior.rasters) if sources.prior else 0,
+            "shards": len(shards),
+            "pending": len(pending),
+            "shard_px": edge,
+            "raw_bytes": written,
+            "peak_worker_bytes": 3 * embeddings.BANDS * edge**2 + 300_000_000,
+        },
+    )
+
+
+def _shards(made: Template) -> list[Shard]:
+    return [s for layer in made.layers if layer.name != "split" for s in made.shards(layer.name)]
+
+
+def _shard_bytes(made: Template, shard: Shard) -> int:
+    layer = made.layer(shard.layer)
+    return shard.region.size * max(len(layer.bands), 1) * np.dtype(layer.dtype).itemsize
+
+
+def execute(run: Run) -> Outcome:
+    """Write every pending shard of the cube.
+
+    Raises:
+        InputError: bad input, changed settings, or a region without any valid pixel.
+    """
+    grid, sources = scan(run.settings)
+    made = template(run.settings, grid)
+    ledger = run.ledger("cube")
+    if run.options.overwrite:
+        for place in (ledger.store, run.ledger("split").store, run.cube):
+            place.remove()
+    key = ledger.begin(begun_with(run.settings, grid))
+    tree = create(run.cube, made)
+    ledger.store.write(_SOURCES, sources.to_bytes())
+    nodata = tuple(h.nodata if h else None for h in (run.settings.height, run.settings.prior))
+    task = Ingest(run.cube.uri, tree.identity, ledger.store.uri, key, *nodata)
+    outcome = carry_out(run, "ingest", ledger, _shards(made), task, key)
+    if not outcome.failed:
+        _refuse_empty(ledger, made)
+    return outcome
+
+
+def _refuse_empty(ledger: Ledger, made: Template) -> None:
+    for layer in ("embedding", "height"):
+        if layer not in {known.name for known in made.layers}:
+            continue
+        if not any(ledger.receipt(shard.name).valid for shard in made.shards(layer)):
+            raise InputError(
+                f"no pixel of the region has {'an' if layer == 'embedding' else 'a'} {layer}: the "
+                f"files touch {list(made.grids[0].bounds)} but hold only nodata there; move the "
+                "grid or choose other files, then run with --overwrite"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Ingest:
+    """Makes one shard of the cube; travels to workers as these few words."""
+
+    cube: str
+    identity: str
+    ledger: str
+    key: str
+    height_nodata: float | None
+    prior_nodata: float | None
+
+    def __call__(self, shard: Shard) -> Receipt:
+        """Read, write, leave the receipt."""
+        started = time.monotonic()
+        ledger = Ledger(Store(self.ledger))
+        tree, sources = _opened(self.cube, self.identity, self.ledger, self.key)
+        values = self._read(sources, tree.template.grid(shard.group), shard)
+        valid = embeddings.valid(values) if shard.layer == "embedding" else ~np.isnan(values)
+        receipt = receipt_for(shard, values, tree.write(shard, values), valid, self.key, started)
+        ledger.leave(receipt)
+        return receipt
+
+    def _read(self, sources: Sources, grid: Grid, shard: Shard) -> NDArray[Any]:
+        if shard.layer == "embedding":
+            assert shard.year is not None
+            return read_embeddings(sources.tiles, grid, shard.region, shard.year)
+        source, nodata = {
+            "height": (sources.height, self.height_nodata),
+            "prior": (sources.prior, self.prior_nodata),
+        }[shard.layer]
+        assert source is not None
+        return read_heights(source, grid, shard.region, nodata)
+
+
+@lru_cache(maxsize=4)
+def _opened(cube: str, _identity: str, ledger: str, _key: str) -> tuple[Tree, Sources]:
+    """Once a worker, cube and settings."""
+    return open_tree(Store(cube)), Sources.from_bytes(Store(ledger).read(_SOURCES))

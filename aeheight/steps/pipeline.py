@@ -1,0 +1,177 @@
+"""The steps in order: run, plan, status, verify."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+from aeheight.cluster import Outcome
+from aeheight.cube import Template, Tree, find, open_tree
+from aeheight.errors import InputError
+from aeheight.receipts import Damage, Ledger
+from aeheight.receipts import verify as verify_tree
+from aeheight.steps import evaluate, ingest, predict, train
+from aeheight.steps.run import Run
+
+Say = Callable[[dict[str, Any], list[str]], None]
+"""Takes the facts for machines and the lines for people."""
+
+_STEPS: Mapping[str, ModuleType] = {
+    "ingest": ingest,
+    "train": train,
+    "predict": predict,
+    "evaluate": evaluate,
+}
+
+
+def steps_of(run: Run, verb: str) -> list[str]:
+    """The steps that a verb stands for."""
+    if verb != "run":
+        return [verb]
+    if run.settings.height is None:
+        return ["ingest", "predict"]
+    if run.options.checkpoint is not None:
+        return ["ingest", "predict", "evaluate"]
+    return list(_STEPS)
+
+
+def show_plans(run: Run, steps: Sequence[str], say: Say) -> int:
+    """Print the plan of every step, as far as what it needs is there."""
+    for number, step in enumerate(steps):
+        try:
+            plan = _STEPS[step].plan(run)
+        except InputError as error:
+            if number == 0:
+                raise
+            say({"step": step, "waits": str(error)}, [step, f"  not yet: {error}"])
+            continue
+        say({"step": step, **plan.facts}, plan.lines())
+    return 0
+
+
+def execute(run: Run, steps: Sequence[str], say: Say) -> int:
+    """Do the steps in order; stops at the first with failed shards.
+
+    Returns:
+        The exit code: 0 done, 1 failed shards.
+    """
+    with run.held(), run.connected() as connected:
+        for step in steps:
+            outcome: Outcome = _STEPS[step].execute(connected)
+            say(
+                {
+                    "step": step,
+                    "done": outcome.done,
+                    "skipped": outcome.skipped,
+                    "failed": outcome.failed,
+                    "seconds": round(outcome.seconds, 2),
+                },
+                _told(step, outcome),
+            )
+            if outcome.failed:
+                return 1
+    if "evaluate" in steps:
+        page = f"{run.report.uri}/index.html"
+        say({"report": page}, [f"report    {page}"])
+    return 0
+
+
+def _told(step: str, outcome: Outcome) -> list[str]:
+    if step == "train":
+        return [f"{step:9} {'trained' if outcome.done else 'done before'}"]
+    lines = [
+        f"{step:9} {outcome.done} shards done in {outcome.seconds:.1f} s, "
+        f"{outcome.skipped} done before, {len(outcome.failed)} failed"
+    ]
+    lines += [f"  failed  {name}: {reason}" for name, reason in sorted(outcome.failed.items())]
+    if outcome.failed:
+        lines.append("run the same command again to take up just the failed shards")
+    return lines
+
+
+def _ledgers(run: Run) -> list[tuple[str, Tree, Ledger, list[str]]]:
+    """Label, tree, receipts and layers of all that shards are written to so far."""
+    found = []
+    for label, store, names in (
+        ("ingest", run.cube, ("embedding", "height", "prior")),
+        ("split", run.cube, ("split",)),
+        ("predict", run.heights, ("height",)),
+    ):
+        if find(store) is None:
+            continue
+        tree = open_tree(store)
+        layers = [layer.name for layer in tree.template.layers if layer.name in names]
+        ledger = {"ingest": "cube", "predict": "heights"}.get(label, label)
+        found.append((label, tree, run.ledger(ledger), layers))
+    return found
+
+
+def status(run: Run, say: Say) -> int:
+    """What is done and what is left of every step, from receipts alone."""
+    rows: list[tuple[str, int, int]] = []
+    for label, tree, ledger, layers in _ledgers(run):
+        if layers:
+            rows.append((label, *_progress(tree.template, ledger, layers)))
+    trained = int(run.model.exists(train.BEST))
+    reported = int(run.report.exists("metrics.json"))
+    rows += [("train", trained, 1), ("evaluate", reported, 1)]
+    order = [*_STEPS]
+    order.insert(1, "split")
+    known = {label: (done, total) for label, done, total in rows}
+    facts = {
+        step: {"done": known[step][0], "total": known[step][1]} if step in known else None
+        for step in order
+    }
+    say(
+        {"region": run.settings.name, "store": run.store.uri, "steps": facts},
+        [f"{run.settings.name} at {run.store.uri}"]
+        + [_status_line(s, known.get(s)) for s in order],
+    )
+    return 0
+
+
+def _progress(template: Template, ledger: Ledger, layers: list[str]) -> tuple[int, int]:
+    shards = [shard for layer in layers for shard in template.shards(layer)]
+    return len(shards) - len(ledger.pending(shards)), len(shards)
+
+
+def _status_line(step: str, counts: tuple[int, int] | None) -> str:
+    if counts is None:
+        return f"  {step:9} not begun"
+    done, total = counts
+    unit = {"train": "model", "evaluate": "report"}.get(step, "shards")
+    state = "done" if done == total else f"{total - done} left"
+    return f"  {step:9} {done} of {total} {unit}, {state}"
+
+
+def verify(run: Run, say: Say, *, repair: bool) -> int:
+    """Compare every finished shard with its receipt; with `repair`, make the damaged ones again.
+
+    Returns:
+        The exit code: 0 all sound (or mended), 1 damage.
+    """
+    damaged: dict[str, list[Damage]] = {}
+    for label, tree, ledger, _ in _ledgers(run):
+        checked = list(verify_tree(tree, ledger))
+        damages = [damage for damage in checked if damage is not None]
+        say(
+            {"step": label, "checked": len(checked), "damaged": [d.shard for d in damages]},
+            [f"{label:9} {len(checked)} shards checked, {len(damages)} damaged"]
+            + [f"  damaged {damage.shard}: {damage.reason}" for damage in damages],
+        )
+        if damages:
+            damaged[label] = damages
+            if repair:
+                for damage in damages:
+                    ledger.forget(damage.shard)
+    if not damaged:
+        return 0
+    if not repair:
+        say(
+            {"damaged": sum(map(len, damaged.values()))},
+            ["run again with --repair to make just these shards again"],
+        )
+        return 1
+    mending = replace(run, options=replace(run.options, overwrite=False))
+    steps = [{"split": "train"}.get(label, label) for label in damaged]
+    return execute(mending, steps, say)

@@ -1,0 +1,182 @@
+"""Predict: the cube and a checkpoint to a map of heights, one shard a task."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+from typing import Any
+
+import numpy as np
+import torch
+
+from aeheight.cluster import Outcome
+from aeheight.cube import Layer, Shard, Template, Tree, create, open_tree
+from aeheight.embeddings import BANDS
+from aeheight.errors import InputError
+from aeheight.inference import predict_region
+from aeheight.models import STRIDE, Checkpoint, Predictor
+from aeheight.receipts import Ledger, Receipt, receipt_for
+from aeheight.settings import PredictSettings
+from aeheight.steps.run import Plan, Run, carry_out
+from aeheight.steps.train import load_checkpoint
+from aeheight.store import Store
+from aeheight.windows import Lattice, Region, Shape
+
+MODEL = "model.ckpt"
+"""The checkpoint a map was made with, kept beside its receipts, where every worker can read it."""
+
+_NETWORK_BYTES_PER_PIXEL = 3_000
+"""Measured peak of a U-Net++ with ResNet-18 in float32, for one pixel of one window."""
+
+
+def lattice(settings: PredictSettings, shape: Shape) -> Lattice:
+    """The windows over a whole grid."""
+    return Lattice(shape, settings.window, settings.halo, settings.blend)
+
+
+def template(cube: Template, checkpoint: Checkpoint) -> Template:
+    """The map of a cube, before its first pixel."""
+    about = {
+        "long_name": "predicted height",
+        "standard_name": "surface_altitude",
+        "units": "m",
+        "surface": checkpoint.provenance.surface,
+        "vertical_datum": checkpoint.provenance.vertical_datum,
+        "checkpoint": checkpoint.digest,
+    }
+    height = Layer("height", "float32", np.nan, timed=True, attributes=about)
+    return Template(
+        cube.grids, (height,), cube.years, cube.cut, cube.title.replace("cube", "heights", 1)
+    )
+
+
+def plan(run: Run) -> Plan:
+    """What predict would compute, from metadata alone.
+
+    Raises:
+        InputError: no cube, no checkpoint, or windows that do not fit the model.
+    """
+    cube, checkpoint = run.open_cube(), load_checkpoint(run)
+    _check(run, cube, checkpoint)
+    made, settings = template(cube.template, checkpoint), run.settings.predict
+    shards = made.shards("height")
+    windows = sum(
+        lattice(settings, made.grid(shard.group).shape).count(shard.region) for shard in shards
+    )
+    area = sum(shard.region.size for shard in shards)
+    largest = max(shards, key=lambda shard: shard.region.size)
+    hull = _hull_edge(settings, largest.region)
+    window_pixels = settings.batch * settings.window**2
+    return Plan(
+        "predict",
+        {
+            "model": checkpoint.model.architecture,
+            "checkpoint": checkpoint.digest[:16],
+            "shards": len(shards),
+            "pending": len(run.ledger("heights").pending(shards)),
+            "windows": windows,
+            "window_px": settings.window,
+            "halo_px": settings.halo,
+            "extra_computation": round(windows * settings.window**2 / area, 2),
+            "bytes_to_read": len(shards) * hull**2 * BANDS,
+            "bytes_to_write": area * 4,
+            "peak_worker_bytes": 900_000_000
+            + hull**2 * (BANDS + 20)
+            + window_pixels
+            * (BANDS + (_NETWORK_BYTES_PER_PIXEL if checkpoint.weights else BANDS * 8)),
+        },
+    )
+
+
+def _hull_edge(settings: PredictSettings, region: Region) -> int:
+    stride = settings.window - 2 * settings.halo - settings.blend
+    return ceil(max(region.shape) / stride) * stride + 2 * settings.halo + settings.blend
+
+
+def _check(run: Run, cube: Tree, checkpoint: Checkpoint) -> None:
+    settings = run.settings.predict
+    stride = lattice(settings, (1, 1)).stride
+    if checkpoint.weights and (stride % STRIDE or settings.window % STRIDE):
+        raise InputError(
+            f"predict: window {settings.window} and its stride (window - 2*halo - blend = {stride})"
+            f" must be multiples of {STRIDE}, the network's own stride: elsewhere the same ground "
+            "gives other heights; for example window 256 with halo 64"
+        )
+    if checkpoint.base == "prior" and not any(
+        layer.name == "prior" for layer in cube.template.layers
+    ):
+        raise InputError(
+            "the model corrects a prior, and this region has none: give `prior`, or use a model "
+            "trained without one"
+        )
+
+
+def execute(run: Run) -> Outcome:
+    """Predict every pending shard.
+
+    Raises:
+        InputError: see `plan`; or another model or other settings than those the map began with.
+    """
+    cube, checkpoint = run.open_cube(), load_checkpoint(run)
+    _check(run, cube, checkpoint)
+    made, ledger = template(cube.template, checkpoint), run.ledger("heights")
+    if run.options.overwrite:
+        for place in (ledger.store, run.heights):
+            place.remove()
+    key = ledger.begin(
+        {
+            "predict": run.settings.predict.model_dump(mode="json"),
+            "checkpoint": checkpoint.digest,
+            "cube": cube.identity,
+        }
+    )
+    if not ledger.store.exists(MODEL):
+        ledger.store.write(MODEL, checkpoint.to_bytes())
+    tree = create(run.heights, made)
+    task = Predict(
+        cube.store.uri, tree.store.uri, tree.identity, ledger.store.uri, key, run.settings.predict
+    )
+    return carry_out(run, "predict", ledger, made.shards("height"), task, key)
+
+
+@dataclass(frozen=True, slots=True)
+class Predict:
+    """Makes one shard of the map; travels to workers as these few words."""
+
+    cube: str
+    heights: str
+    identity: str
+    ledger: str
+    key: str
+    settings: PredictSettings
+
+    def __call__(self, shard: Shard) -> Receipt:
+        """Read, compute, write, leave the receipt."""
+        started = time.monotonic()
+        ledger = Ledger(Store(self.ledger))
+        cube, heights, predictor = _opened(self.cube, self.heights, self.identity, self.ledger)
+
+        def reader(layer: str, year: int | None) -> Callable[[Region], Any]:
+            return lambda region: cube.read(shard.group, layer, year, region)
+
+        values = predict_region(
+            predictor,
+            lattice(self.settings, cube.template.grid(shard.group).shape),
+            shard.region,
+            self.settings.batch,
+            reader("embedding", shard.year),
+            reader("prior", None) if predictor.needs_prior else None,
+        )
+        digest = heights.write(shard, values)
+        receipt = receipt_for(shard, values, digest, ~np.isnan(values), self.key, started)
+        ledger.leave(receipt)
+        return receipt
+
+
+@lru_cache(maxsize=2)
+def _opened(cube: str, heights: str, _identity: str, ledger: str) -> tuple[Tree, Tree, Predictor]:
+    """Once a worker and map: the model stays on the device."""
+    checkpoint = Checkpoint.from_bytes(Store(ledger).read(MODEL))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return open_tree(Store(cube)), open_tree(Store(heights)), Predictor(checkpoint, device)

@@ -1,0 +1,165 @@
+"""What every step shares: the run's places, the options of a command, and the one sentence.
+
+For every pending shard: read what it needs, compute, write the whole shard, leave a receipt.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from distributed import Client
+
+from aeheight import cluster
+from aeheight.cluster import Outcome, Progress, Task
+from aeheight.cube import Shard, Tree, open_tree
+from aeheight.errors import InputError
+from aeheight.receipts import Ledger, lease
+from aeheight.settings import RegionSettings
+from aeheight.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line adds to a region file; none of it changes a result."""
+
+    overwrite: bool = False
+    """Discard the step's receipts and outputs first."""
+    scheduler: str | None = None
+    """Address of a Dask scheduler; None: worker processes on this machine."""
+    workers: int | None = None
+    """Number of those."""
+    checkpoint: str | None = None
+    """A model trained elsewhere: a file, or another run's store."""
+    as_json: bool = False
+    """Progress as JSON lines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One region file and where its results lie."""
+
+    settings: RegionSettings
+    options: Options = field(default_factory=Options)
+    client: Client | None = None
+    """Shared by the steps of `aeheight run`; None: a step opens its own."""
+
+    @property
+    def store(self) -> Store:
+        """Where everything of the run lies."""
+        return Store.at(self.settings.store)
+
+    @property
+    def cube(self) -> Store:
+        """Embeddings, heights, prior and split."""
+        return self.store.child("cube.zarr")
+
+    @property
+    def heights(self) -> Store:
+        """Predicted heights."""
+        return self.store.child("heights.zarr")
+
+    @property
+    def model(self) -> Store:
+        """The trained checkpoint and its history."""
+        return self.store.child("model")
+
+    @property
+    def report(self) -> Store:
+        """Metrics and the page."""
+        return self.store.child("report")
+
+    def ledger(self, name: str) -> Ledger:
+        """The receipts of `cube`, `split`, `heights` or `report`."""
+        return Ledger(self.store.child(f"{name}.receipts"))
+
+    def open_cube(self) -> Tree:
+        """The ingested cube.
+
+        Raises:
+            InputError: there is none yet.
+        """
+        try:
+            return open_tree(self.cube)
+        except InputError as error:
+            raise InputError(f"{error} (aeheight ingest)") from error
+
+    @contextmanager
+    def connected(self) -> Iterator["Run"]:
+        """The run with a client, shared by all steps inside."""
+        if self.client is not None:
+            yield self
+            return
+        with cluster.connect(self.options.scheduler, self.options.workers) as client:
+            yield replace(self, client=client)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The run's lease; one driver at a time."""
+        with lease(self.store):
+            yield
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a step would do, from headers and settings alone."""
+
+    step: str
+    facts: Mapping[str, Any]
+    """In the order of printing; sizes in bytes, areas in pixels."""
+
+    def lines(self) -> list[str]:
+        """For people."""
+        width = max(len(key) for key in self.facts)
+        return [f"{self.step}"] + [
+            f"  {key.replace('_', ' '):{width}}  {_shown(key, value)}"
+            for key, value in self.facts.items()
+        ]
+
+
+def _shown(key: str, value: Any) -> str:
+    if key.endswith("bytes") and isinstance(value, int):
+        return human_bytes(value)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
+        return f"{value:,}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return str(value)
+
+
+def human_bytes(count: int) -> str:
+    """`1.5 GB`, in powers of 1000.
+
+    >>> human_bytes(1_536_000_000)
+    '1.5 GB'
+    """
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} PB"
+
+
+def carry_out(
+    run: Run, step: str, ledger: Ledger, shards: Sequence[Shard], task: Task, key: str
+) -> Outcome:
+    """Run a task over the shards that have no receipt yet.
+
+    Args:
+        run: gives the client.
+        step: the label of the progress.
+        ledger: knows what is done.
+        shards: all of the step's shards.
+        task: makes one shard.
+        key: fingerprint of the settings.
+    """
+    pending = ledger.pending(shards)
+    skipped = len(shards) - len(pending)
+    if not pending:
+        return Outcome(0, skipped, {}, 0.0, 0)
+    progress = Progress(step, len(pending), as_json=run.options.as_json)
+    with run.connected() as connected:
+        assert connected.client is not None
+        outcome = cluster.run_shards(connected.client, task, pending, key, progress)
+    return replace(outcome, skipped=skipped)

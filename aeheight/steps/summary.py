@@ -1,0 +1,258 @@
+"""What the sums of all shards say: metrics.json, metrics.csv and the report's page."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aeheight import embeddings
+from aeheight.cube import Shard, Template
+from aeheight.metrics import Scatter, Stats, load, merge_tables
+from aeheight.models import Checkpoint
+from aeheight.patches import USES
+from aeheight.receipts import versions
+from aeheight.report import Maps, Report, render
+from aeheight.steps.run import Run
+from aeheight.windows import Region, Shape
+
+SPLITS = (*USES, "all")
+MAP_PIXELS = 600
+"""The longer edge of a map in the report is at most this."""
+_ARCHITECTURES = {"ridge": "Ridge", "unet": "U-Net", "unetplusplus": "U-Net++"}
+
+Sums = Mapping[str, Stats | Scatter]
+
+
+def summarise(
+    run: Run,
+    cube: Template,
+    shards: Sequence[Shard],
+    checkpoint: Checkpoint,
+    height_edges: tuple[float, ...],
+    slope_edges: tuple[float, ...],
+) -> None:
+    """Merge the parts of all shards and write the report.
+
+    Args:
+        run: where to read the parts and write the report.
+        cube: its template.
+        shards: in the order of merging, which fixes the last bits of the moments.
+        checkpoint: of the map.
+        height_edges: class edges in metres.
+        slope_edges: class edges in degrees.
+    """
+    store = run.ledger("report").store
+    tables, pictures = [], []
+    for shard in sorted(shards, key=lambda shard: shard.name):
+        with np.load(io.BytesIO(store.read(f"{shard.name}.npz")), allow_pickle=False) as part:
+            tables.append(load(part["sums"].tobytes()))
+            pictures.append((shard, {key: part[key] for key in ("reference", "predicted", "use")}))
+    sums = merge_tables(tables)
+    metrics = _metrics(run, cube, sums, checkpoint, {"slope": slope_edges, "height": height_edges})
+    text = json.dumps(metrics, indent=1, allow_nan=False)
+    run.report.write("metrics.json", text.encode())
+    run.report.write("metrics.csv", _csv(metrics))
+    page = render(_report(run, cube, sums, checkpoint, metrics, pictures))
+    run.report.write("index.html", page.encode())
+
+
+def _metrics(
+    run: Run,
+    cube: Template,
+    sums: Sums,
+    checkpoint: Checkpoint,
+    edges: Mapping[str, tuple[float, ...]],
+) -> dict[str, Any]:
+    names = ["mean", "ridge"] + ["prior"] * any(layer.name == "prior" for layer in cube.layers)
+    return {
+        "model": _by_split(sums, "model"),
+        "baselines": {name: _by_split(sums, name) for name in names},
+        "by": {
+            name: [
+                {"split": split, "lo": classes[k], "hi": classes[k + 1], **_summary(part)}
+                for split in SPLITS
+                for k in range(len(classes) - 1)
+                if (part := sums.get(f"{name}/{split}/{k}")) is not None
+            ]
+            for name, classes in edges.items()
+        },
+        "provenance": _provenance(run, cube, checkpoint),
+    }
+
+
+def _by_split(sums: Sums, name: str) -> dict[str, Any]:
+    return {split: _summary(sums[f"{name}/{split}"]) for split in SPLITS}
+
+
+def _summary(part: Stats | Scatter) -> dict[str, Any]:
+    assert isinstance(part, Stats)
+    return dict(part.summary())
+
+
+def _provenance(run: Run, cube: Template, checkpoint: Checkpoint) -> dict[str, Any]:
+    sources = json.loads(run.ledger("cube").store.read("sources.json"))
+    settings = run.settings
+    assert settings.height is not None
+
+    def files(key: str) -> list[str]:
+        return [raster["href"] for raster in sources[key]["rasters"]] if sources[key] else []
+
+    return {
+        "region": settings.name,
+        "year": cube.years[0],
+        "reference": settings.height.model_dump(mode="json")
+        | {"epoch": settings.height.epoch or "unknown", "files": files("height")},
+        "prior": settings.prior
+        and settings.prior.model_dump(mode="json")
+        | {"epoch": settings.prior.epoch or "unknown", "files": files("prior")},
+        "embeddings": {
+            "version": embeddings.VERSION,
+            "attribution": embeddings.ATTRIBUTION,
+            "disclosure": embeddings.DISCLOSURE,
+            "files": [tile["href"] for tile in sources["tiles"]],
+        },
+        "grid": {
+            "crs": cube.grids[0].crs,
+            "resolution": cube.grids[0].resolution,
+            "bounds": list(cube.grids[0].bounds),
+        },
+        "model": {
+            "architecture": checkpoint.model.architecture,
+            "corrects": checkpoint.base,
+            "checkpoint": checkpoint.digest,
+            "seed": checkpoint.model.seed,
+            "trained_on_cube": checkpoint.provenance.cube,
+            "trained_on_split": checkpoint.provenance.split,
+            "trained_by_version": checkpoint.provenance.code_version,
+        },
+        "settings": settings.model_dump(mode="json"),
+        "versions": versions(),
+        "definitions": "d = predicted - reference; std with ddof 0; LE90 = P90 of |d|",
+    }
+
+
+def _csv(metrics: Mapping[str, Any]) -> bytes:
+    text = io.StringIO()
+    rows = [
+        {"predictor": name, "split": split, **row}
+        for name, table in {"model": metrics["model"], **metrics["baselines"]}.items()
+        for split, row in table.items()
+    ]
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _report(
+    run: Run,
+    cube: Template,
+    sums: Sums,
+    checkpoint: Checkpoint,
+    metrics: Mapping[str, Any],
+    pictures: Sequence[tuple[Shard, Mapping[str, NDArray[Any]]]],
+) -> Report:
+    judged = next((s for s in ("test", "validation", "all") if metrics["model"][s]["n"]), "all")
+    stats, scatter = sums[f"model/{judged}"], sums[f"scatter/{judged}"]
+    assert isinstance(stats, Stats)
+    assert isinstance(scatter, Scatter)
+    kind = _ARCHITECTURES[checkpoint.model.architecture]
+    network = f" ({checkpoint.model.encoder})" if checkpoint.weights else ""
+    return Report(
+        name=run.settings.name,
+        metrics=metrics,
+        model=kind + network,
+        maps=[_maps(cube, grid.name, pictures) for grid in cube.grids],
+        scatter=scatter.dense(trim=0.0005) if stats.n else None,
+        errors=stats.errors() if stats.n else None,
+        history=checkpoint.history,
+        cost=_cost(run),
+        notes=_notes(run, checkpoint),
+    )
+
+
+def thin(shape: Shape) -> int:
+    """Every how many pixels the report's maps take one."""
+    return -(-max(shape) // MAP_PIXELS)
+
+
+def _maps(
+    cube: Template, group: str, pictures: Sequence[tuple[Shard, Mapping[str, NDArray[Any]]]]
+) -> Maps:
+    grid = cube.grid(group)
+    every = thin(grid.shape)
+    shape = tuple(-(-size // every) for size in grid.shape)
+    whole: dict[str, NDArray[Any]] = {
+        "reference": np.full(shape, np.nan, np.float32),
+        "predicted": np.full(shape, np.nan, np.float32),
+        "use": np.zeros(shape, np.uint8),
+    }
+    for shard, thinned in pictures:
+        if shard.group != group:
+            continue
+        row, col = -(-shard.region.row // every), -(-shard.region.col // every)
+        for name, values in thinned.items():
+            if values.size:
+                place = Region(row, col, *values.shape)
+                whole[name][place.slices] = values
+    height, width = grid.pixel_metres()
+    return Maps(
+        group=group,
+        crs=grid.crs,
+        bounds=grid.bounds,
+        pixel=(width * every, height * every),
+        reference=whole["reference"],
+        predicted=whole["predicted"],
+        difference=whole["predicted"] - whole["reference"],
+        split=whole["use"],
+    )
+
+
+def _cost(run: Run) -> dict[str, dict[str, float | None]]:
+    """Worker seconds and pixels a worker second of each step, from the receipts."""
+    cost: dict[str, dict[str, float | None]] = {}
+    for step, ledger in (("ingest", "cube"), ("predict", "heights"), ("evaluate", "report")):
+        receipts = [run.ledger(ledger).receipt(name) for name in run.ledger(ledger).done()]
+        seconds = sum(receipt.seconds for receipt in receipts)
+        pixels = sum(receipt.pixels for receipt in receipts)
+        cost[step] = {
+            "shards": len(receipts),
+            "worker_seconds": round(seconds, 1),
+            "pixels_per_worker_second": round(pixels / seconds) if seconds else None,
+        }
+    return cost
+
+
+def _notes(run: Run, checkpoint: Checkpoint) -> list[str]:
+    notes = []
+    height = run.settings.height
+    assert height is not None
+    if checkpoint.provenance.cube != run.open_cube().identity:
+        notes.append(
+            "The model was trained elsewhere: no ground of this region trained it, whatever its "
+            "split says, and the mean and ridge baselines are those of its training ground."
+        )
+    if checkpoint.base == "prior":
+        notes.append(
+            "The model corrects the prior, so its errors follow the prior's where the embeddings "
+            "say little; judge it against the row of the prior."
+        )
+    if height.epoch is None:
+        notes.append(
+            "The epoch of the reference is unknown: what was built, felled or grown "
+            "between it and the embeddings' year counts as error."
+        )
+    if (height.surface, height.vertical_datum) != (
+        checkpoint.provenance.surface,
+        checkpoint.provenance.vertical_datum,
+    ):
+        notes.append(
+            f"The model gives {checkpoint.provenance.surface} heights in "
+            f"{checkpoint.provenance.vertical_datum}; the reference is {height.surface} in "
+            f"{height.vertical_datum}: part of the difference is that."
+        )
+    return notes

@@ -1,0 +1,158 @@
+"""Train: patches straight from the cube to one checkpoint."""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from aeheight import __version__, embeddings
+from aeheight.cluster import Outcome
+from aeheight.errors import InputError
+from aeheight.models import Checkpoint, Provenance
+from aeheight.patches import Patches
+from aeheight.receipts import Ledger
+from aeheight.steps.run import Plan, Run
+from aeheight.steps.split import record_split
+from aeheight.store import Store
+from aeheight.training import fit
+
+BEST = "best.ckpt"
+_HISTORY = "history.csv"
+
+
+def plan(run: Run) -> Plan:
+    """What training would do, from the cube's metadata alone.
+
+    Raises:
+        InputError: there is no cube yet, or the region has no height.
+    """
+    template, model = run.open_cube().template, run.settings.model
+    _need_height(run)
+    pixels = sum(grid.shape[0] * grid.shape[1] for grid in template.grids)
+    patches = model.patches_per_epoch or max(pixels // model.patch**2, 1)
+    sample = model.patch**2 * (embeddings.BANDS + 9)
+    return Plan(
+        "train",
+        {
+            "architecture": model.architecture,
+            "encoder": model.encoder,
+            "corrects": run.settings.base,
+            "patch_px": model.patch,
+            "batch": model.batch,
+            "patches_per_epoch_at_most": patches,
+            "epochs_at_most": model.epochs,
+            "bytes_per_patch": sample,
+            "done": run.model.exists(BEST),
+        },
+    )
+
+
+def _need_height(run: Run) -> None:
+    if run.settings.height is None:
+        raise InputError("training needs a reference: the region has no `height`")
+
+
+def execute(run: Run) -> Outcome:
+    """Train and keep the best checkpoint; does nothing where it is there already.
+
+    Raises:
+        InputError: no ground to train on, or changed settings.
+    """
+    _need_height(run)
+    if run.options.overwrite:
+        run.model.remove()
+        run.ledger("split").discard()
+    split = record_split(run)
+    tree, settings = run.open_cube(), run.settings
+    Ledger(run.model).begin(
+        {
+            "model": settings.model.model_dump(mode="json"),
+            "base": settings.base,
+            "cube": tree.identity,
+            "split": settings.split.model_dump(mode="json"),
+        }
+    )
+    if run.model.exists(BEST):
+        return Outcome(0, 1, {}, 0.0, 0)
+    assert settings.height is not None
+    provenance = Provenance(
+        cube=tree.identity,
+        split=split,
+        surface=settings.height.surface,
+        vertical_datum=settings.height.vertical_datum,
+        years=tree.template.years,
+        embedding_version=embeddings.VERSION,
+        code_version=__version__,
+    )
+    model = settings.model
+    ground = Patches(tree, model.patch, model.seed, model.patches_per_epoch)
+    journal = _Journal(run)
+    checkpoint = fit(ground, model, settings.base, provenance, journal.note)
+    run.model.write(_HISTORY, _csv(checkpoint.history))
+    run.model.write(BEST, checkpoint.to_bytes())
+    seconds = sum(record.get("seconds", 0.0) for record in checkpoint.history)
+    return Outcome(1, 0, {}, seconds, 0)
+
+
+class _Journal:
+    """Shows every epoch as it ends."""
+
+    def __init__(self, run: Run) -> None:
+        self._as_json = run.options.as_json
+        self._epochs = run.settings.model.epochs
+
+    def note(self, record: Mapping[str, Any]) -> None:
+        """One epoch."""
+        if self._as_json:
+            print(json.dumps({"step": "train", **record}), file=sys.stderr, flush=True)  # noqa: T201
+            return
+        print(_line(record, self._epochs), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _line(record: Mapping[str, Any], epochs: int) -> str:
+    if record["epoch"] == 0:
+        return (
+            f"train     epoch   0 of {epochs}: the base alone   validation RMSE "
+            f"{record['validation_rmse']:.2f} m  R² {record['validation_r2']:.3f}"
+        )
+    minutes, seconds = divmod(round(record["eta_seconds"]), 60)
+    return (
+        f"train     epoch {record['epoch']:>3} of {epochs}: loss {record['train_rmse']:.2f} m   "
+        f"validation RMSE {record['validation_rmse']:.2f} m  R² {record['validation_r2']:.3f}   "
+        f"{record['patches_per_second']:.0f} patches/s   {minutes}:{seconds:02d} to go"
+    )
+
+
+def _csv(history: tuple[dict[str, float], ...]) -> bytes:
+    text = io.StringIO()
+    columns = sorted({key for record in history for key in record}, key=lambda k: (k != "epoch", k))
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(history)
+    return text.getvalue().encode()
+
+
+def load_checkpoint(run: Run) -> Checkpoint:
+    """The model that `--checkpoint` names, else the run's own.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    named = run.options.checkpoint
+    if named is None:
+        folder, key = run.model, BEST
+    elif named.endswith(".ckpt"):
+        folder, key = Store.at(named.rpartition("/")[0] or "."), named.rpartition("/")[2]
+    else:
+        folder, key = Store.at(named).child("model"), BEST
+    try:
+        return Checkpoint.from_bytes(folder.read(key))
+    except FileNotFoundError as error:
+        hint = (
+            "run aeheight train, or name a model with --checkpoint"
+            if named is None
+            else ("--checkpoint takes a .ckpt file or the store of a run that was trained")
+        )
+        raise InputError(f"there is no checkpoint at {folder.uri}/{key}; {hint}") from error
