@@ -6,12 +6,15 @@ takes up; 2 bad input.
 
 import argparse
 import json
-import logging
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from aeheight import __version__
+from aeheight.cluster import QUIET_THREADS, Connection
 from aeheight.errors import InputError
 from aeheight.settings import load_region
 
@@ -90,7 +93,8 @@ def _positive(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     arguments = build_parser().parse_args(argv)
-    logging.getLogger("distributed").setLevel(logging.ERROR)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)  # a cluster's way to say stop
     try:
         return _dispatch(arguments)
     except InputError as error:
@@ -104,6 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return UNFINISHED
 
 
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def _complain(arguments: argparse.Namespace, message: str) -> None:
     text = json.dumps({"error": message}) if arguments.as_json else f"aeheight: {message}"
     print(text, file=sys.stderr)  # noqa: T201
@@ -112,17 +120,19 @@ def _complain(arguments: argparse.Namespace, message: str) -> None:
 def _dispatch(arguments: argparse.Namespace) -> int:
     settings = load_region(arguments.region, arguments.overrides)
     # Heavy libraries load only once the region file is known to be good.
+    os.environ |= {key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()}
     from aeheight.steps import pipeline  # noqa: PLC0415
     from aeheight.steps.run import Options, Run  # noqa: PLC0415
 
     options = Options(
         overwrite=getattr(arguments, "overwrite", False),
-        scheduler=getattr(arguments, "scheduler", None),
-        workers=getattr(arguments, "workers", None),
         checkpoint=getattr(arguments, "checkpoint", None),
         as_json=arguments.as_json,
     )
-    run = Run(settings, options)
+    connection = Connection(
+        getattr(arguments, "scheduler", None), getattr(arguments, "workers", None)
+    )
+    run = Run(settings, options, connection)
     say: Callable[[dict[str, Any], list[str]], None] = (
         (lambda facts, _: print(json.dumps(facts)))  # noqa: T201
         if arguments.as_json

@@ -17,6 +17,7 @@ import numpy as np
 import xarray as xr
 import zarr
 from numpy.typing import NDArray
+from obstore.exceptions import BaseError
 from pyproj import CRS
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.errors import ZarrUserWarning
@@ -24,7 +25,7 @@ from zarr.errors import ZarrUserWarning
 from aeheight.errors import InputError
 from aeheight.grid import Grid
 from aeheight.settings import CubeSettings, differences
-from aeheight.store import Store
+from aeheight.store import Store, plain_errors
 from aeheight.windows import Region, tile, whole
 
 FORMAT = 1
@@ -101,7 +102,10 @@ def _plain(nodata: float) -> float | int | str:
 
 
 def checksum(array: NDArray[Any]) -> str:
-    """BLAKE2b-128 of an array's type, shape and values (hexadecimal)."""
+    """BLAKE2b-128 of an array's type, shape and values (hexadecimal); every NaN counts as one."""
+    if array.dtype.kind == "f":
+        # Zarr leaves out a chunk that is all NaN, and reads it back without sign and payload.
+        array = np.where(np.isnan(array), array.dtype.type(np.nan), array)
     digest = hashlib.blake2b(f"{array.dtype.str}{array.shape}".encode(), digest_size=16)
     digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
@@ -193,19 +197,48 @@ class Tree:
             ValueError: what is written is not exactly the shard that the template promises.
             OSError: the store cannot be written.
         """
-        spec = self.template.layer(shard.layer)
+        spec = self._check(shard)
         promised = (len(spec.bands),) * bool(spec.bands) + shard.region.shape
         if values.dtype != np.dtype(spec.dtype) or values.shape != promised:
             raise ValueError(
                 f"{shard.name} is {spec.dtype} {promised}, got {values.dtype} {values.shape}"
             )
-        grid, edge = self.template.grid(shard.group), self.template.cut.shard
-        cell = Region(shard.region.row, shard.region.col, edge, edge)
-        if cell.row % edge or cell.col % edge or cell.intersect(whole(grid.shape)) != shard.region:
-            raise ValueError(f"{shard.name} is no whole shard of {edge} px of {grid.shape}")
-        array = self._root[f"{shard.group}/{shard.layer}"]
-        array[self._index(spec, shard.year, shard.region)] = values  # type: ignore[index]
+        array: Any = self._root[f"{shard.group}/{shard.layer}"]
+        index = self._index(spec, shard.year, shard.region)
+        with plain_errors(f"write {self.store.uri}/{shard.name}"):
+            try:
+                array[index] = values
+            except (OSError, BaseError):
+                raise
+            except Exception:
+                # Zarr reads a shard before it replaces it, and fails where the old one is damaged.
+                self.store.remove(self._key(spec, shard))
+                array[index] = values
         return checksum(values)
+
+    def _check(self, shard: Shard) -> Layer:
+        """The layer of a shard, if it is a whole one of this tree.
+
+        Raises:
+            ValueError: it is not.
+        """
+        spec, edge = self.template.layer(shard.layer), self.template.cut.shard
+        shape, region = self.template.grid(shard.group).shape, shard.region
+        cell = Region(region.row, region.col, edge, edge)
+        if region.row % edge or region.col % edge or cell.intersect(whole(shape)) != region:
+            raise ValueError(f"{shard.name} is no whole shard of {edge} px of {shape}")
+        years = self.template.years if spec.timed else (None,)
+        if shard.year not in years:
+            raise ValueError(f"{shard.name}: {shard.layer} has no such year, only {years}")
+        return spec
+
+    def _key(self, spec: Layer, shard: Shard) -> str:
+        """Where the shard's object lies in the store."""
+        edge = self.template.cut.shard
+        time = [self.template.years.index(shard.year)] if shard.year is not None else []
+        band = [0] if spec.bands else []
+        place = [*time, *band, shard.region.row // edge, shard.region.col // edge]
+        return "/".join([shard.group, shard.layer, "c", *map(str, place)])
 
     def _index(self, spec: Layer, year: int | None, inside: Region) -> tuple[Any, ...]:
         time = (self.template.years.index(year),) if spec.timed and year is not None else ()
@@ -220,25 +253,9 @@ def create(store: Store, template: Template) -> Tree:
     """
     found = find(store)
     if found is None:
-        root = zarr.create_group(
-            store.zarr(),
-            zarr_format=3,
-            overwrite=True,
-            attributes={
-                "title": template.title,
-                "aeheight": {
-                    "format": FORMAT,
-                    "identity": uuid.uuid4().hex[:16],
-                    "template": template.describe(),
-                },
-            },
-        )
-        for grid in template.grids:
-            _create_group(root, grid, template)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Consolidated metadata", ZarrUserWarning)
-            zarr.consolidate_metadata(store.zarr())
-            return open_tree(store, template)
+        with plain_errors(f"create {store.uri}"):
+            _create(store, template)
+        return open_tree(store, template)
     changed = differences(found["template"], template.describe())
     if changed:
         raise InputError(
@@ -249,19 +266,49 @@ def create(store: Store, template: Template) -> Tree:
     return open_tree(store, template)
 
 
+def _create(store: Store, template: Template) -> None:
+    root = zarr.create_group(
+        store.zarr(),
+        zarr_format=3,
+        overwrite=True,
+        attributes={
+            "title": template.title,
+            "aeheight": {
+                "format": FORMAT,
+                "identity": uuid.uuid4().hex[:16],
+                "template": template.describe(),
+            },
+        },
+    )
+    for grid in template.grids:
+        _create_group(root, grid, template)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Consolidated metadata", ZarrUserWarning)
+        zarr.consolidate_metadata(store.zarr())
+
+
 def find(store: Store) -> dict[str, Any] | None:
     """What a tree says of itself (format, identity, template), or None where there is none.
 
     Raises:
         InputError: something else lies there, or a format that this version does not know.
     """
+    foreign = InputError(
+        f"{store.uri} holds something that aeheight did not make (or that is half removed); "
+        "choose another store, or discard what is there with --overwrite"
+    )
     try:
         metadata = json.loads(store.read("zarr.json"))
+        found = metadata.get("attributes", {}).get("aeheight")
     except FileNotFoundError:
+        # A tree begins with its zarr.json, and making one clears the folder first.
+        if next(store.keys(), None) is not None:
+            raise foreign from None
         return None
-    found = metadata.get("attributes", {}).get("aeheight")
+    except (ValueError, AttributeError):
+        raise foreign from None
     if found is None:
-        raise InputError(f"{store.uri} holds a Zarr that aeheight did not make; choose another")
+        raise foreign
     if found["format"] != FORMAT:
         raise InputError(
             f"{store.uri} has format {found['format']}, this version reads {FORMAT}; "
@@ -310,7 +357,12 @@ def _template(found: Mapping[str, Any]) -> Template:
 
 
 def open_cube(uri: str) -> xr.DataTree:
-    """A tree as lazy xarray objects: one group a grid, coordinates at pixel centres, a CRS."""
+    """A tree as lazy xarray objects: one group a grid, coordinates at pixel centres, a CRS.
+
+    Raises:
+        InputError: there is none.
+    """
+    open_tree(Store.at(uri))
     store: Any = Store.at(uri).zarr(read_only=True)
     return xr.open_datatree(store, engine="zarr", chunks={})
 

@@ -67,21 +67,21 @@ class Grid:
         if not (west < east and south < north):
             raise InputError(f"bounds {list(bounds)} are empty; give [west, south, east, north]")
         rows, cols = (north - south) / resolution, (east - west) / resolution
-        shape = (round(rows), round(cols))
+        shape = (max(round(rows), 1), max(round(cols), 1))
         if abs(rows - shape[0]) > _SNAP or abs(cols - shape[1]) > _SNAP:
             raise InputError(
                 f"bounds {list(bounds)} hold {rows:.3f} x {cols:.3f} pixels of {resolution}; "
-                f"make both whole, for example east {west + round(cols) * resolution}, "
-                f"south {north - round(rows) * resolution}"
+                f"make both whole, for example east {west + shape[1] * resolution}, "
+                f"south {north - shape[0] * resolution}"
             )
         return cls(crs_name(parse_crs(crs)), resolution, west, north, shape)
 
     @property
     def name(self) -> str:
         """The group's name in a cube: `utm10n`, `epsg4326`, `epsg2154`."""
-        match = re.fullmatch(r"EPSG:32([67])(\d\d)", self.crs)
+        match = re.fullmatch(r"EPSG:32([67])(0[1-9]|[1-5]\d|60)", self.crs)
         if match:
-            return f"utm{int(match[2]):02d}{'n' if match[1] == '6' else 's'}"
+            return f"utm{match[2]}{'n' if match[1] == '6' else 's'}"
         return re.sub(r"\W", "", self.crs).lower()[:32]
 
     @property
@@ -126,7 +126,8 @@ class Grid:
     def pixel_metres(self) -> tuple[float, float]:
         """Height and width of a pixel on the ground at the grid's middle, in metres."""
         if not self.is_geographic:
-            return self.resolution, self.resolution
+            metres = CRS.from_user_input(self.crs).axis_info[0].unit_conversion_factor
+            return self.resolution * metres, self.resolution * metres
         _west, south, _east, north = self.bounds
         per_degree = 111_320.0
         latitude = np.radians((south + north) / 2)
@@ -135,6 +136,8 @@ class Grid:
 
 def reproject_bounds(bounds: Bounds, source: str, target: str) -> Bounds:
     """Bounds in another CRS that hold the whole of `bounds` (edges densified).
+
+    In degrees, bounds that cross the 180th meridian come back with west above east.
 
     Raises:
         InputError: the bounds lie outside what the target CRS can show.

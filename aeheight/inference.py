@@ -17,7 +17,9 @@ ReadCodes = Callable[[Region], NDArray[np.int8]]
 ReadPrior = Callable[[Region], NDArray[np.float32]]
 """(rows, columns) prior of any region, NaN past the grid's edge."""
 Model = Callable[[NDArray[np.int8], NDArray[np.float32] | None], NDArray[np.float32]]
-"""(batch, 64, w, w) codes and (batch, w, w) prior to (batch, w, w) heights."""
+"""(batch, 64, w, w) codes and (batch, w, w) prior to (batch, w, w) heights.
+
+NaN where there is no embedding: a window that keeps none is not run."""
 
 
 def predict_region(

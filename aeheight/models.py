@@ -198,16 +198,18 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the content: the same model, the same digest."""
+        """SHA-256 over all but the history, which has times: the same model, the same digest."""
         return _digest(self._facts(), self._tensors())
 
     def to_bytes(self) -> bytes:
         """The checkpoint as a file that `torch.load(..., weights_only=True)` opens."""
         buffer = io.BytesIO()
+        history = _canonical(self.history)
         content = {
             "format": FORMAT_VERSION,
-            "digest": self.digest,
+            "seal": _seal(self.digest, history),
             "facts": self._facts(),
+            "history": history,
             "tensors": self._tensors(),
         }
         torch.save(content, buffer)
@@ -227,10 +229,7 @@ class Checkpoint:
                 f"the checkpoint has format {content['format']!r}, and this aeheight reads "
                 f"{FORMAT_VERSION}: use the version that wrote it, or train again"
             )
-        facts, tensors = content["facts"], content["tensors"]
-        if _digest(facts, tensors) != content["digest"]:
-            raise _damaged("its content does not match its digest")
-        known = json.loads(facts)
+        tensors, known = content["tensors"], json.loads(content["facts"])
         bands = len(tensors["ridge.weights"])
         if bands != BANDS:
             raise InputError(
@@ -242,11 +241,11 @@ class Checkpoint:
         return cls(
             model=ModelSettings.model_validate(known["model"]),
             base=known["base"],
-            ridge=Ridge(weights=tensors["ridge.weights"].numpy(), **known["ridge"]),
+            ridge=Ridge(weights=tensors["ridge.weights"].detach().numpy(), **known["ridge"]),
             scale=known["scale"],
             weights={k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)},
             provenance=Provenance(**provenance),
-            history=tuple(known["history"]),
+            history=tuple(json.loads(content["history"])),
         )
 
     def _facts(self) -> str:
@@ -260,9 +259,8 @@ class Checkpoint:
             },
             "scale": self.scale,
             "provenance": asdict(self.provenance),
-            "history": list(self.history),
         }
-        return json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return _canonical(facts)
 
     def _tensors(self) -> dict[str, Tensor]:
         network = {f"network.{name}": tensor for name, tensor in sorted(self.weights.items())}
@@ -271,23 +269,25 @@ class Checkpoint:
 
 def _load(data: bytes) -> dict[str, Any]:
     try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes fail anywhere in the unpickler, with any error
+        content: dict[str, Any] = torch.load(
+            io.BytesIO(data), map_location="cpu", weights_only=True
+        )
+        sound = content["format"] != FORMAT_VERSION or content["seal"] == _seal(
+            _digest(content["facts"], content["tensors"]), content["history"]
+        )
+    except Exception as error:  # damaged bytes fail anywhere, with any error
         raise _damaged(f"{type(error).__name__} while reading {len(data)} bytes") from error
-    if not isinstance(content, dict) or "format" not in content:
-        raise _damaged("it lacks the entries of a checkpoint")
-    if content["format"] == FORMAT_VERSION and not _is_whole(content):
-        raise _damaged("some of its entries are missing")
+    if not sound:
+        raise _damaged("its content does not match its digest")
     return content
 
 
-def _is_whole(content: dict[str, Any]) -> bool:
-    tensors = content.get("tensors")
-    return (
-        isinstance(content.get("facts"), str)
-        and isinstance(tensors, dict)
-        and all(isinstance(tensor, Tensor) for tensor in tensors.values())
-    )
+def _canonical(facts: object) -> str:
+    return json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _seal(digest: str, history: str) -> str:
+    return hashlib.sha256(f"{digest}\n{history}".encode()).hexdigest()
 
 
 def _damaged(detail: str) -> InputError:
@@ -412,6 +412,11 @@ class HeightModel(torch.nn.Module):
         if self.network is not None:
             heights = heights + self.scale * self.correction(codes).double()
         return torch.where(self.usable(codes, prior), heights, torch.nan).float()
+
+
+def best_device() -> str:
+    """`cuda` where there is one, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Predictor:

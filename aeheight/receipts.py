@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -82,7 +82,7 @@ def receipt_for(
         settings: fingerprint of the settings.
         started: `time.monotonic()` before the first read.
     """
-    chosen = values[..., valid].astype(np.float64) if valid.any() else None
+    chosen = values[..., valid] if valid.any() else None
     return Receipt(
         shard.name,
         digest,
@@ -90,7 +90,7 @@ def receipt_for(
         int(valid.sum()),
         None if chosen is None else float(chosen.min()),
         None if chosen is None else float(chosen.max()),
-        None if chosen is None else float(chosen.mean()),
+        None if chosen is None else float(chosen.mean(dtype=np.float64)),
         settings,
         round(time.monotonic() - started, 3),
     )
@@ -206,7 +206,11 @@ def lease(store: Store) -> Iterator[None]:
 
     def renew() -> None:
         while not stop.wait(_LEASE_SECONDS / 4):
-            store.write(_LEASE, _claim(token))
+            # A store that is out of reach for a moment is tried again; another's lease is left.
+            with suppress(OSError):
+                if _holder(store).get("token", token) != token:
+                    return
+                store.write(_LEASE, _claim(token))
 
     keeper = threading.Thread(target=renew, name="lease", daemon=True)
     keeper.start()
@@ -261,6 +265,8 @@ def _is_alive(holder: Mapping[str, Any]) -> bool:
         return bool(holder["expires"] > time.time())
     try:
         process = psutil.Process(holder["pid"])
-        return bool(abs(process.create_time() - holder["process_started"]) < 1.0)
+        same = abs(process.create_time() - holder["process_started"]) < 1.0
+        # A killed process whose parent has not yet looked stays in the table.
+        return bool(same and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -114,7 +115,7 @@ class Report:
     """Edges (k + 1,) in metres, counts (k,) of predicted - reference on test ground."""
 
     history: Sequence[Mapping[str, float | None]] = ()
-    """One row an epoch: epoch, train_loss, validation_loss, validation_rmse (metres)."""
+    """One row an epoch: epoch, train_rmse and validation_rmse (metres)."""
 
     cost: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     """For each step: seconds, pixels_per_second, and whatever else was measured."""
@@ -437,41 +438,31 @@ def _draw_errors(
 
 
 def _draw_history(history: Sequence[Mapping[str, float | None]]) -> Figure | None:
-    """Losses above, validation RMSE below, the best epoch marked; None without a curve."""
+    """RMSE of each epoch on training and validation ground, the best marked; None without any."""
     curves = {
         key: [(float(e), float(v)) for row in history if (e := row.get("epoch")) is not None
               and (v := row.get(key)) is not None and math.isfinite(v)]
-        for key in ("train_loss", "validation_loss", "validation_rmse")
+        for key in ("train_rmse", "validation_rmse")
     }  # fmt: skip
-    losses = {key: curve for key, curve in curves.items() if curve and key.endswith("loss")}
-    panels = bool(losses) + bool(curves["validation_rmse"])
-    if not panels:
+    if not any(curves.values()):
         return None
-    figure = Figure(figsize=(4.9, 1.8 * panels + 0.3), layout="constrained")
-    stack = list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
-    stack[-1].set_xlabel("epoch")
-    stack[-1].xaxis.get_major_locator().set_params(integer=True)
-    if losses:
-        for (key, curve), colour in zip(losses.items(), (BLUE, ORANGE), strict=False):
-            stack[0].plot(*zip(*curve, strict=True), ".-", color=colour, label=_words(key))
-        stack[0].set(ylabel="loss", yscale="log" if _all_positive(losses) else "linear")
-        stack[0].legend(frameon=False, fontsize=8)
+    figure = Figure(figsize=(4.9, 2.6), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel="epoch", ylabel="RMSE [m]")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if curves["train_rmse"]:
+        axes.plot(*zip(*curves["train_rmse"], strict=True), ".-", color=BLUE, label="train")
     if curves["validation_rmse"]:
-        _draw_best(stack[-1], curves["validation_rmse"])
+        _draw_best(axes, curves["validation_rmse"])
+    axes.legend(frameon=False, fontsize=8)
     return figure
-
-
-def _all_positive(curves: Mapping[str, list[tuple[float, float]]]) -> bool:
-    return all(value > 0 for curve in curves.values() for _, value in curve)
 
 
 def _draw_best(axes: Axes, curve: list[tuple[float, float]]) -> None:
     epoch, value = min(curve, key=lambda point: point[1])
-    axes.plot(*zip(*curve, strict=True), ".-", color=GREEN)
+    axes.plot(*zip(*curve, strict=True), ".-", color=ORANGE, label="validation")
     label = f"best: {value:.2f} m in epoch {epoch:g}"
     axes.plot(epoch, value, "o", ms=8, mfc="none", mec="black", label=label)
-    axes.set_ylabel("validation RMSE [m]")
-    axes.legend(frameon=False, fontsize=8)
 
 
 def _png(figure: Figure, dpi: float) -> str:

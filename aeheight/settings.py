@@ -19,10 +19,11 @@ Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Bounds = tuple[float, float, float, float]
+Hrefs = str | Annotated[list[str], Field(min_length=1)]
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class GridSettings(_Settings):
@@ -41,9 +42,9 @@ class EmbeddingSettings(_Settings):
 
     source: Literal["cog", "index", "mosaic", "earthengine"] = "cog"
     """What `href` is; so far only `cog` can be read."""
-    href: str | list[str]
+    href: Hrefs
     """File, list, glob, folder or URI; relative to the region file."""
-    year: int | list[int]
+    year: int | Annotated[list[int], Field(min_length=1)]
     """The year or years to read."""
 
     @property
@@ -56,7 +57,7 @@ class HeightSettings(_Settings):
     """Where a height model comes from, and what its heights mean."""
 
     source: Literal["raster", "stac"]
-    href: str | list[str]
+    href: Hrefs
     """File, list, glob, folder or URI of rasters, or a STAC catalogue, collection or item."""
     surface: Literal["dsm", "dtm"]
     """Surface model (with trees and roofs) or terrain model."""
@@ -65,7 +66,7 @@ class HeightSettings(_Settings):
     epoch: str | None = None
     """When the heights were measured; recorded as unknown where not given."""
     nodata: float | None = None
-    """The missing-value of files that do not declare one."""
+    """The missing-value of files that do not declare one; NaN is always missing."""
     asset: str = "data"
     """STAC: the asset that holds the heights."""
 
@@ -96,7 +97,7 @@ class SplitSettings(_Settings):
     """Share of the blocks, or bounds in the grid's CRS, or a GeoJSON file (degrees)."""
     validation: Share | Bounds | str = 0.1
     """The same, of the blocks that do not test."""
-    seed: int = 0
+    seed: Natural = 0
 
 
 class ModelSettings(_Settings):
@@ -114,14 +115,14 @@ class ModelSettings(_Settings):
     """Patches in one optimiser step."""
     epochs: Positive = 50
     patches_per_epoch: Positive | None = None
-    """None: as many as cover the training ground once."""
+    """None: as many as cover the training ground once, but 128 at least."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     patience: Positive = 10
     """Epochs without a better validation RMSE before training stops."""
     ridge_alpha: Annotated[float, Field(gt=0)] = 1e-3
     """Ridge penalty, as a share of the mean variance of a band."""
-    seed: int = 0
+    seed: Natural = 0
 
     @model_validator(mode="after")
     def _fits_encoder(self) -> "ModelSettings":

@@ -55,7 +55,8 @@ class Store:
             FileNotFoundError: there is none.
             OSError: the store cannot be reached.
         """
-        with _plain_errors(f"read {self.uri}/{key}"):
+        with plain_errors(f"read {self.uri}/{key}"):
+            self._need_folder()
             return bytes(obstore.get(_open(self.uri), key).bytes())
 
     def write(self, key: str, data: bytes) -> None:
@@ -64,13 +65,13 @@ class Store:
         Raises:
             OSError: the store cannot be written (a full disk, no right).
         """
-        with _plain_errors(f"write {self.uri}/{key}"):
+        with plain_errors(f"write {self.uri}/{key}"):
             obstore.put(_open(self.uri), key, data)
 
     def create(self, key: str, data: bytes) -> bool:
         """Put an object only where none is; whether it is there by this very call."""
         try:
-            with _plain_errors(f"write {self.uri}/{key}"):
+            with plain_errors(f"write {self.uri}/{key}"):
                 obstore.put(_open(self.uri), key, data, mode="create")
         except FileExistsError:
             # An answer lost on the way makes a retry meet our own object.
@@ -80,7 +81,8 @@ class Store:
     def exists(self, key: str) -> bool:
         """Whether an object is there."""
         try:
-            with _plain_errors(f"look for {self.uri}/{key}"):
+            with plain_errors(f"look for {self.uri}/{key}"):
+                self._need_folder()
                 obstore.head(_open(self.uri), key)
         except FileNotFoundError:
             return False
@@ -90,7 +92,7 @@ class Store:
         """Names of all objects below a folder, relative to this store."""
         if self.is_local and not Path(self.uri).exists():
             return
-        with _plain_errors(f"list {self.uri}/{prefix}"):
+        with plain_errors(f"list {self.uri}/{prefix}"):
             for page in obstore.list(_open(self.uri), prefix or None):
                 for entry in page:
                     yield entry["path"]
@@ -100,9 +102,14 @@ class Store:
         keys = list(self.keys(prefix))
         if prefix and not keys and self.exists(prefix):
             keys = [prefix]
-        with _plain_errors(f"delete {self.uri}/{prefix}"):
+        with plain_errors(f"delete {self.uri}/{prefix}"):
             for start in range(0, len(keys), 1000):
                 obstore.delete(_open(self.uri), keys[start : start + 1000])
+
+    def _need_folder(self) -> None:
+        """Looking for something makes no folder; only writing does."""
+        if self.is_local and not Path(self.uri).exists():
+            raise FileNotFoundError(self.uri)
 
     def zarr(self, *, read_only: bool = False) -> ObjectStore[Any]:
         """What Zarr opens."""
@@ -113,20 +120,20 @@ class Store:
 def _open(uri: str) -> Any:
     if "://" not in uri:
         return LocalStore(uri, mkdir=True, automatic_cleanup=True)
-    with _plain_errors(f"open {uri}"):
+    with plain_errors(f"open {uri}"):
         return from_url(uri)
 
 
 @contextmanager
-def _plain_errors(doing: str) -> Iterator[None]:
+def plain_errors(doing: str) -> Iterator[None]:
     """Turn the object store's errors into Python's own, in one line that names the object."""
     try:
         yield
     except AlreadyExistsError as error:
         raise FileExistsError(f"cannot {doing}: it is already there") from error
-    except (PermissionDeniedError, UnauthenticatedError) as error:
+    except (PermissionDeniedError, UnauthenticatedError, PermissionError) as error:
         raise InputError(f"cannot {doing}: no right to; check the credentials") from error
-    except FileNotFoundError:
-        raise
-    except BaseError as error:
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"cannot {doing}: there is none") from error
+    except (BaseError, OSError) as error:
         raise OSError(f"cannot {doing}: {str(error).splitlines()[0]}") from error

@@ -335,7 +335,7 @@ class _Correction(lightning.LightningModule):
         """AdamW, its learning rate annealed along a cosine to a hundredth."""
         rate, epochs = self._settings.learning_rate, self._settings.epochs
         optimizer = torch.optim.AdamW(
-            self.parameters(), lr=rate, weight_decay=self._settings.weight_decay
+            self.parameters(), lr=rate, weight_decay=self._settings.weight_decay, fused=True
         )
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             optimizer, T_max=epochs, eta_min=rate * _LAST_LEARNING_RATE

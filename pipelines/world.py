@@ -48,11 +48,12 @@ PIXEL = 10.0
 STRIP = 64
 """Rows of embeddings that are made at once: bounds the memory."""
 
-LEVELS = [(60, 70), (110, 80), (160, 90), (220, 100), (180, 160)]
+LEVELS = [(60, 80), (120, 100), (180, 120), (240, 140), (180, 200)]
 """Middle and width (metres) of the bands that tell the height, each a bent code."""
 
-HAZE, DRIFT = 18, 7
-"""SD of what hides the height, metres: white noise, and noise that no neighbourhood removes."""
+GRAIN, HAZE, DRIFT = 6, 15, 7
+"""SD of what hides the height, metres: noise that is white, that a neighbourhood of some pixels
+averages away, and that none does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,7 @@ def make_world(folder: Path, size: int = 1024, seed: int = 0) -> World:
         raise InputError(f"size is {size}; give a positive multiple of 256 pixels, such as 1024")
     if seed < 0:
         raise InputError(f"seed is {seed}; give 0 or more")
+    folder = folder.absolute()
     world = _describe(folder, size, seed)
     note = _note(folder)
     if note and _is_whole(world, note):
@@ -150,13 +152,12 @@ def _write(world: World) -> None:
     """Draw the world and write its files; world.json comes last and says that it is whole."""
     land = make_landscape(world.size, world.seed)
     codes = embed(land, world.seed)
-    surface = land.surface
     corner = (WEST, NORTH)
     world_files.write_tiles(world.embeddings, codes, corner, world.crs, year=2021)
     del codes
-    world_files.write_dsm(world.height.parent, _voids(surface, world.seed), corner, world.crs)
-    truth = blur(halve(surface), 1)
-    world_files.write_prior(world.prior, truth, corner, world.crs, stream(world.seed, "prior"))
+    world_files.write_dsm(world.height.parent, _voids(land.surface, world.seed), corner, world.crs)
+    rng = stream(world.seed, "prior")
+    world_files.write_prior(world.prior, _seen_by_radar(land), corner, world.crs, rng)
     paths = [path for path in world.folder.rglob("*") if path.is_file()]
     files = sorted(path.relative_to(world.folder).as_posix() for path in paths)
     note = _parameters(world) | {"files": files}
@@ -198,9 +199,9 @@ def _traits(land: Landscape, seed: int) -> Field:
     town = halve((land.buildings > 0).astype(np.float32))
     water = halve(land.river.astype(np.float32))
     # One error of height for all bands that tell it: no pixel alone can see through it.
-    haze = HAZE * noise(size, seed, "haze", 8 / size, 3.0) + 6 * white()
+    haze = HAZE * noise(size, seed, "haze", 8 / size, 3.0)
     drift = DRIFT * noise(size, seed, "drift", 0.05, 2.5)
-    told = ground + haze + drift
+    told = ground + GRAIN * white() + haze + drift
     cover = 1 - 0.5 * forest + 0.3 * town
     level = [0.9 * cover * np.tanh((told - middle) / width) for middle, width in LEVELS]
     dy, dx = np.gradient(blur(ground, 1), PIXEL)
@@ -233,6 +234,12 @@ def _gaps(land: Landscape, seed: int) -> Mask:
     y, x = axes(size)
     ragged = (1 - x) + y < 0.12 + 0.02 * noise(size, seed, "ragged", 0.05, 2.2)
     return ragged | (halve(land.lake.astype(np.float32)) > 0.5)
+
+
+def _seen_by_radar(land: Landscape) -> Field:
+    """The surface on 10 m pixels as a coarse radar DEM has it: blurred, and below the tree tops."""
+    sunk = land.terrain + 0.6 * land.canopy + land.buildings
+    return blur(halve(sunk), 2)
 
 
 def _voids(surface: Field, seed: int) -> Field:

@@ -6,6 +6,7 @@ missing neighbour takes no part in a mean or an interpolation. Missing heights a
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -150,6 +151,10 @@ def _items(href: str, key: str) -> list[pystac.Item]:
 def _item_raster(item: pystac.Item, wanted: HeightSettings, key: str) -> Raster:
     """From the item alone where it has the projection extension, else from the file's header."""
     asset = item.assets[wanted.asset]
+    if "://" not in asset.href and not Path(asset.href).exists():
+        raise InputError(
+            f"{key}: asset {wanted.asset!r} of STAC item {item.id} is missing at {asset.href}"
+        )
     about = item.properties | asset.extra_fields
     code = about.get("proj:code") or (about.get("proj:epsg") and f"EPSG:{about['proj:epsg']}")
     transform, shape = about.get("proj:transform"), about.get("proj:shape")
@@ -267,7 +272,10 @@ def _read_stac(
     if nodata is not None:
         stack = stack.where(stack != np.float32(nodata))
     mosaic: xr.DataArray = stackstac.mosaic(stack, dim="time", nodata=np.nan)
-    values: NDArray[np.float32] = mosaic.compute(scheduler="synchronous").to_numpy()
+    try:
+        values: NDArray[np.float32] = mosaic.compute(scheduler="synchronous").to_numpy()
+    except RuntimeError as error:  # stackstac's word for a file that cannot be read
+        raise OSError(str(error)) from error
     if values.shape != target.shape:
         raise AssertionError(f"stackstac gave {values.shape} for {target.shape}")
     return values

@@ -207,12 +207,12 @@ class _Ground:
         around = cube.read(group, "height", None, region.expand(1))
         codes = cube.read(group, "embedding", year, region)
         reference = around[1:-1, 1:-1]
-        baselines = {
-            "mean": np.full(region.shape, checkpoint.ridge.mean, dtype=np.float32),
-            "ridge": checkpoint.ridge.predict(codes),
-        }
+        ridge = checkpoint.ridge.predict(codes)
+        baselines = {"mean": np.full_like(ridge, checkpoint.ridge.mean), "ridge": ridge}
         if any(layer.name == "prior" for layer in cube.template.layers):
             baselines["prior"] = cube.read(group, "prior", None, region)
+        for values in baselines.values():  # judged on the model's ground, to be comparable
+            values[np.isnan(ridge)] = np.nan
         return cls(
             reference,
             heights.read(group, "height", year, region),

@@ -55,9 +55,9 @@ def execute(run: Run, steps: Sequence[str], say: Say) -> int:
     Returns:
         The exit code: 0 done, 1 failed shards.
     """
-    with run.held(), run.connected() as connected:
+    with run.held(), run.connection:
         for step in steps:
-            outcome: Outcome = _STEPS[step].execute(connected)
+            outcome: Outcome = _STEPS[step].execute(run)
             say(
                 {
                     "step": step,

@@ -8,14 +8,13 @@ from math import ceil
 from typing import Any
 
 import numpy as np
-import torch
 
 from aeheight.cluster import Outcome
 from aeheight.cube import Layer, Shard, Template, Tree, create, open_tree
 from aeheight.embeddings import BANDS
 from aeheight.errors import InputError
 from aeheight.inference import predict_region
-from aeheight.models import STRIDE, Checkpoint, Predictor
+from aeheight.models import STRIDE, Checkpoint, Predictor, best_device
 from aeheight.receipts import Ledger, Receipt, receipt_for
 from aeheight.settings import PredictSettings
 from aeheight.steps.run import Plan, Run, carry_out
@@ -178,5 +177,4 @@ class Predict:
 def _opened(cube: str, heights: str, _identity: str, ledger: str) -> tuple[Tree, Tree, Predictor]:
     """Once a worker and map: the model stays on the device."""
     checkpoint = Checkpoint.from_bytes(Store(ledger).read(MODEL))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return open_tree(Store(cube)), open_tree(Store(heights)), Predictor(checkpoint, device)
+    return open_tree(Store(cube)), open_tree(Store(heights)), Predictor(checkpoint, best_device())

@@ -8,10 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from distributed import Client
-
-from aeheight import cluster
-from aeheight.cluster import Outcome, Progress, Task
+from aeheight.cluster import Connection, Outcome, Progress, Task, run_shards
 from aeheight.cube import Shard, Tree, open_tree
 from aeheight.errors import InputError
 from aeheight.receipts import Ledger, lease
@@ -25,10 +22,6 @@ class Options:
 
     overwrite: bool = False
     """Discard the step's receipts and outputs first."""
-    scheduler: str | None = None
-    """Address of a Dask scheduler; None: worker processes on this machine."""
-    workers: int | None = None
-    """Number of those."""
     checkpoint: str | None = None
     """A model trained elsewhere: a file, or another run's store."""
     as_json: bool = False
@@ -41,8 +34,8 @@ class Run:
 
     settings: RegionSettings
     options: Options = field(default_factory=Options)
-    client: Client | None = None
-    """Shared by the steps of `aeheight run`; None: a step opens its own."""
+    connection: Connection = field(default_factory=Connection)
+    """Where tasks run; shared by all steps."""
 
     @property
     def store(self) -> Store:
@@ -85,15 +78,6 @@ class Run:
             raise InputError(f"{error} (aeheight ingest)") from error
 
     @contextmanager
-    def connected(self) -> Iterator["Run"]:
-        """The run with a client, shared by all steps inside."""
-        if self.client is not None:
-            yield self
-            return
-        with cluster.connect(self.options.scheduler, self.options.workers) as client:
-            yield replace(self, client=client)
-
-    @contextmanager
     def held(self) -> Iterator[None]:
         """The run's lease; one driver at a time."""
         with lease(self.store):
@@ -128,14 +112,16 @@ def _shown(key: str, value: Any) -> str:
 
 
 def human_bytes(count: int) -> str:
-    """`1.5 GB`, in powers of 1000.
+    """`1.54 GB`, in powers of 1000.
 
     >>> human_bytes(1_536_000_000)
-    '1.5 GB'
+    '1.54 GB'
+    >>> human_bytes(999_600)
+    '1 MB'
     """
     size = float(count)
     for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000:
+        if size < 999.5:  # what `.3g` would not write as 1e+03
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} PB"
@@ -147,7 +133,7 @@ def carry_out(
     """Run a task over the shards that have no receipt yet.
 
     Args:
-        run: gives the client.
+        run: gives the connection.
         step: the label of the progress.
         ledger: knows what is done.
         shards: all of the step's shards.
@@ -159,7 +145,5 @@ def carry_out(
     if not pending:
         return Outcome(0, skipped, {}, 0.0, 0)
     progress = Progress(step, len(pending), as_json=run.options.as_json)
-    with run.connected() as connected:
-        assert connected.client is not None
-        outcome = cluster.run_shards(connected.client, task, pending, key, progress)
+    outcome = run_shards(run.connection.client(), task, pending, key, progress)
     return replace(outcome, skipped=skipped)

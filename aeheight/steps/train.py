@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from aeheight import __version__, embeddings
-from aeheight.cluster import Outcome
+from aeheight.cluster import Outcome, clock
 from aeheight.errors import InputError
 from aeheight.models import Checkpoint, Provenance
 from aeheight.patches import Patches
@@ -31,7 +31,7 @@ def plan(run: Run) -> Plan:
     template, model = run.open_cube().template, run.settings.model
     _need_height(run)
     pixels = sum(grid.shape[0] * grid.shape[1] for grid in template.grids)
-    patches = model.patches_per_epoch or max(pixels // model.patch**2, 1)
+    patches = model.patches_per_epoch or max(pixels // model.patch**2, 128)
     sample = model.patch**2 * (embeddings.BANDS + 9)
     return Plan(
         "train",
@@ -92,7 +92,7 @@ def execute(run: Run) -> Outcome:
     checkpoint = fit(ground, model, settings.base, provenance, journal.note)
     run.model.write(_HISTORY, _csv(checkpoint.history))
     run.model.write(BEST, checkpoint.to_bytes())
-    seconds = sum(record.get("seconds", 0.0) for record in checkpoint.history)
+    seconds = max((record.get("seconds", 0.0) for record in checkpoint.history), default=0.0)
     return Outcome(1, 0, {}, seconds, 0)
 
 
@@ -112,17 +112,24 @@ class _Journal:
 
 
 def _line(record: Mapping[str, Any], epochs: int) -> str:
-    if record["epoch"] == 0:
-        return (
-            f"train     epoch   0 of {epochs}: the base alone   validation RMSE "
-            f"{record['validation_rmse']:.2f} m  R² {record['validation_r2']:.3f}"
+    parts = [f"train     epoch {record['epoch']:>3} of {epochs}"]
+    parts += [
+        f"{words} {record[key]:{form}}"
+        for key, words, form in (
+            ("train_rmse", "training RMSE [m]", ".2f"),
+            ("validation_rmse", "validation RMSE [m]", ".2f"),
+            ("validation_r2", "R²", ".3f"),
+            ("patches_per_second", "patches/s", ".0f"),
         )
-    minutes, seconds = divmod(round(record["eta_seconds"]), 60)
-    return (
-        f"train     epoch {record['epoch']:>3} of {epochs}: loss {record['train_rmse']:.2f} m   "
-        f"validation RMSE {record['validation_rmse']:.2f} m  R² {record['validation_r2']:.3f}   "
-        f"{record['patches_per_second']:.0f} patches/s   {minutes}:{seconds:02d} to go"
-    )
+        if record.get(key) is not None
+    ]
+    if record["epoch"] == 0:
+        parts.append("(what the network starts from)")
+    elif "eta_seconds" in record:
+        parts.append(f"to go {clock(record['eta_seconds'])}")
+    if record.get("diverged"):
+        parts.append("diverged: the best epoch before is kept")
+    return "   ".join(parts)
 
 
 def _csv(history: tuple[dict[str, float], ...]) -> bytes:
