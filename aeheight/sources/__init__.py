@@ -11,8 +11,9 @@ from pydantic import TypeAdapter
 from aeheight.errors import InputError
 from aeheight.grid import Grid
 from aeheight.settings import RegionSettings
-from aeheight.sources.heights import HeightSource, read_heights, scan_heights
+from aeheight.sources.heights import HeightSource, read_heights, scan_heights, touches
 from aeheight.sources.tiles import EmbeddingTile, read_embeddings, region_grid, scan_tiles
+from aeheight.windows import whole
 
 __all__ = ["EmbeddingTile", "HeightSource", "Sources", "read_embeddings", "read_heights", "scan"]
 
@@ -51,13 +52,30 @@ def scan(settings: RegionSettings) -> tuple[Grid, Sources]:
             f"no tile touches the grid {list(grid.bounds)} ({grid.crs}); the {len(tiles)} tiles "
             f"cover {[list(tile.grid.bounds) for tile in tiles[:3]]}; mend grid.bounds or the href"
         )
-    if not any(tile.overlaps(grid) for tile in touching):
+    # Every tile is looked at, so that one off the lattice is met now.
+    placed = tuple(tile for tile in touching if tile.overlaps(grid))
+    if not placed:
         raise InputError(f"no tile shares a pixel with the grid {list(grid.bounds)}")
     heights = {}
     for name, wanted in (("height", settings.height), ("prior", settings.prior)):
         heights[name] = scan_heights(settings, wanted, grid, name) if wanted else None
     _same_datum(settings)
-    return grid, Sources(touching, heights["height"], heights["prior"])
+    _share_ground(grid, placed, heights["height"])
+    return grid, Sources(placed, heights["height"], heights["prior"])
+
+
+def _share_ground(
+    grid: Grid, tiles: tuple[EmbeddingTile, ...], height: HeightSource | None
+) -> None:
+    parts = [tile.placed(grid).intersect(whole(grid.shape)) for tile in tiles]
+    if height and not any(
+        touches(raster, grid.part(part)) for part in parts if part for raster in height.rasters
+    ):
+        raise InputError(
+            f"tiles and height both touch the grid {list(grid.bounds)}, but nowhere the same "
+            f"ground: {tiles[0].href} covers {list(tiles[0].grid.bounds)} ({grid.crs}), "
+            f"{height.rasters[0].href} {list(height.rasters[0].bounds)} ({height.rasters[0].crs})"
+        )
 
 
 def _same_datum(settings: RegionSettings) -> None:

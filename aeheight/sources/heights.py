@@ -14,7 +14,7 @@ import pystac
 import stackstac
 import xarray as xr
 from numpy.typing import NDArray
-from pyproj import CRS
+from pyproj import Transformer
 from rasterio.enums import Resampling
 from rasterio.vrt import WarpedVRT
 
@@ -47,10 +47,6 @@ class Raster:
     item: dict[str, Any] | None = None
     """The STAC item, for a source that is read by stackstac."""
 
-    def bounds_in(self, crs: str) -> Bounds:
-        """Bounds in another CRS."""
-        return reproject_bounds(self.bounds, self.crs, crs)
-
 
 @dataclass(frozen=True, slots=True)
 class HeightSource:
@@ -72,7 +68,7 @@ def scan_heights(
     """
     scan = _scan_stac if wanted.source == "stac" else _scan_rasters
     rasters = scan(settings, wanted, key)
-    touching = tuple(raster for raster in rasters if _touches(raster, grid, 0))
+    touching = tuple(raster for raster in rasters if touches(raster, grid))
     if not touching:
         raise InputError(
             f"{key}: none of its {len(rasters)} rasters touches the grid {list(grid.bounds)} "
@@ -82,13 +78,15 @@ def scan_heights(
     return HeightSource(touching, wanted.asset)
 
 
-def _touches(raster: Raster, grid: Grid, margin: float) -> bool:
+def touches(raster: Raster, grid: Grid) -> bool:
+    """Whether the bounds meet, in the raster's CRS: the raster may be the whole world's."""
     try:
-        west, south, east, north = raster.bounds_in(grid.crs)
+        west, south, east, north = reproject_bounds(grid.bounds, grid.crs, raster.crs)
     except InputError:
         return False
-    w, s, e, n = grid.bounds
-    return west - margin < e and w < east + margin and south - margin < n and s < north + margin
+    w, s, e, n = raster.bounds
+    across = [(west, east)] if west <= east else [(west, 180.0), (-180.0, east)]
+    return south < n and s < north and any(left < e and w < right for left, right in across)
 
 
 def _scan_rasters(settings: RegionSettings, wanted: HeightSettings, key: str) -> list[Raster]:
@@ -102,12 +100,12 @@ def _header(href: str, nodata: float | None, key: str) -> Raster:
             problem = f"it has {dataset.count} bands; a height model has one"
         if problem:
             raise InputError(f"{key}: {href}: {problem}")
-        transform = dataset.transform
+        transform, (west, one, east, other) = dataset.transform, dataset.bounds
         declared = dataset.nodata if nodata is None else nodata
         return Raster(
             href,
             crs_name(dataset.crs),
-            tuple(dataset.bounds),
+            (west, min(one, other), east, max(one, other)),
             max(abs(transform.a), abs(transform.e)),
             None if declared is None or np.isnan(declared) else declared,
         )
@@ -135,17 +133,21 @@ def _items(href: str, key: str) -> list[pystac.Item]:
         text = pystac.StacIO.default().read_text(href)
         described = json.loads(text)
         if described.get("type") == "FeatureCollection":
-            return list(pystac.ItemCollection.from_dict(described))
+            items = list(pystac.ItemCollection.from_dict(described))
+            for item in items:
+                if item.get_self_href() is None:
+                    item.set_self_href(href)
+            return items
         opened_object = pystac.read_file(href)
-    except (OSError, ValueError, pystac.STACError) as error:
+        if isinstance(opened_object, pystac.Item):
+            return [opened_object]
+        assert isinstance(opened_object, pystac.Catalog)
+        return list(opened_object.get_items(recursive=True))
+    except (OSError, ValueError, KeyError, AttributeError, pystac.STACError) as error:
         raise InputError(
             f"{key}.href: {href} cannot be read as STAC ({error}); give a catalogue, collection, "
             "item or item collection, or use source: raster"
         ) from error
-    if isinstance(opened_object, pystac.Item):
-        return [opened_object]
-    assert isinstance(opened_object, pystac.Catalog)
-    return list(opened_object.get_items(recursive=True))
 
 
 def _item_raster(item: pystac.Item, wanted: HeightSettings, key: str) -> Raster:
@@ -188,78 +190,96 @@ def read_heights(
         InputError: a height that no ground on Earth has.
     """
     target = grid.part(region)
-    rasters = [raster for raster in source.rasters if _touches(raster, target, grid.resolution)]
     out = np.full(region.shape, np.nan, dtype=np.float32)
-    if not rasters:
-        return out
-    if rasters[0].item is not None:
-        out = _read_stac(rasters, source.asset, target, nodata)
-    else:
-        for raster in rasters:
-            values = _warp(raster, target)
-            np.copyto(out, values, where=np.isnan(out))
-    strange = out[(out < _LOWEST) | (out > _HIGHEST)]
-    if strange.size:
-        raise InputError(
-            f"{rasters[0].href}: {strange.size} heights like {strange[0]:g} m lie outside "
-            f"{_LOWEST:g} to {_HIGHEST:g} m; if that is a missing-value that the file does not "
-            "declare, name it in `nodata`"
-        )
+    for raster in source.rasters:
+        if touches(raster, target) and np.isnan(out).any():
+            values = _read(raster, source.asset, grid, target, nodata)
+            np.copyto(out, _plausible(values, raster), where=np.isnan(out))
     return out
 
 
-def _resampling(raster: Raster, target: Grid) -> Resampling:
-    """Average a finer source, interpolate a coarser one; the same lattice is copied."""
-    west, south, east, north = raster.bounds
-    middle = ((west + east) / 2, (south + north) / 2)
-    pixel = (*middle, middle[0] + raster.resolution, middle[1] + raster.resolution)
-    w, s, e, n = reproject_bounds(pixel, raster.crs, target.crs)
-    ratio = max(e - w, n - s) / target.resolution
+def _plausible(values: NDArray[np.float32], raster: Raster) -> NDArray[np.float32]:
+    strange = values[(values < _LOWEST) | (values > _HIGHEST)]
+    if strange.size:
+        raise InputError(
+            f"{raster.href}: {strange.size} heights like {strange[0]:g} m lie outside "
+            f"{_LOWEST:g} to {_HIGHEST:g} m; if that is a missing-value that the file does not "
+            "declare, name it in `nodata`"
+        )
+    return values
+
+
+def _read(
+    raster: Raster, asset: str, grid: Grid, target: Grid, nodata: float | None
+) -> NDArray[np.float32]:
+    how = _resampling(raster, grid)
+    # stackstac can be told neither a missing-value before it resamples, nor a CRS without a code.
+    if raster.item is not None and nodata is None and target.crs.startswith("EPSG:"):
+        return _stack(raster, asset, target, how)
+    return _warp(raster, target, how)
+
+
+def _resampling(raster: Raster, grid: Grid) -> Resampling:
+    """Average a finer source, interpolate a coarser one; the same lattice is copied.
+
+    Asked of the whole grid, so that it does not depend on the cut.
+    """
+    west, south, east, north = grid.bounds
+    x, y, step = (west + east) / 2, (south + north) / 2, grid.resolution
+    xs, ys = Transformer.from_crs(grid.crs, raster.crs, always_xy=True).transform(
+        [x, x + step, x], [y, y, y + step]
+    )
+    pixel = min(np.hypot(xs[1] - xs[0], ys[1] - ys[0]), np.hypot(xs[2] - xs[0], ys[2] - ys[0]))
+    ratio = raster.resolution / pixel
     if ratio < 0.999:
         return Resampling.average
-    row, col = target.offset(raster.bounds[0], raster.bounds[3])
+    row, col = grid.offset(raster.bounds[0], raster.bounds[3])
     aligned = abs(row - round(row)) < 1e-6 and abs(col - round(col)) < 1e-6
-    if raster.crs == target.crs and ratio < 1.001 and aligned:
+    if raster.crs == grid.crs and ratio < 1.001 and aligned:
         return Resampling.nearest
     return Resampling.bilinear
 
 
-def _warp(raster: Raster, target: Grid) -> NDArray[np.float32]:
-    missing = np.nan if raster.nodata is None else raster.nodata
-    with (
-        opened(raster.href) as dataset,
-        WarpedVRT(
-            dataset,
-            crs=target.crs,
-            transform=target.transform,
-            height=target.shape[0],
-            width=target.shape[1],
-            src_nodata=missing,
-            nodata=np.nan,
-            dtype="float32",
-            resampling=_resampling(raster, target),
-            tolerance=_TOLERANCE,
-        ) as warped,
-    ):
+def _warp(raster: Raster, target: Grid, how: Resampling) -> NDArray[np.float32]:
+    with opened(raster.href) as dataset:
+        declared = dataset.nodata if raster.nodata is None else raster.nodata
+        values = _warped(dataset, target, how, declared)
+        if declared is None and how is Resampling.average:
+            # One missing-value among many heights gives a mean that looks like a height.
+            for extreme in (Resampling.min, Resampling.max):
+                _plausible(_warped(dataset, target, extreme, declared), raster)
+        return values
+
+
+def _warped(
+    dataset: Any, target: Grid, how: Resampling, missing: float | None
+) -> NDArray[np.float32]:
+    with WarpedVRT(
+        dataset,
+        crs=target.crs,
+        transform=target.transform,
+        height=target.shape[0],
+        width=target.shape[1],
+        src_nodata=np.nan if missing is None else missing,
+        nodata=np.nan,
+        dtype="float32",
+        resampling=how,
+        tolerance=_TOLERANCE,
+    ) as warped:
         values: NDArray[np.float32] = warped.read(1)
         return values
 
 
-def _read_stac(
-    rasters: list[Raster], asset: str, target: Grid, nodata: float | None
-) -> NDArray[np.float32]:
-    epsg = CRS.from_user_input(target.crs).to_epsg()
-    if epsg is None:
-        raise InputError(f"stackstac needs a grid with an EPSG code, not {target.crs[:60]}...")
-    stack = stackstac.stack(
-        [raster.item for raster in rasters],
+def _stack(raster: Raster, asset: str, target: Grid, how: Resampling) -> NDArray[np.float32]:
+    stack: xr.DataArray = stackstac.stack(
+        [raster.item],
         assets=[asset],
-        epsg=epsg,
+        epsg=int(target.crs.removeprefix("EPSG:")),
         resolution=target.resolution,
         bounds=target.bounds,
         snap_bounds=False,
         xy_coords="center",
-        resampling=_resampling(rasters[0], target),
+        resampling=how,
         dtype=np.dtype("float32"),
         fill_value=np.float32(np.nan),
         rescale=False,
@@ -267,15 +287,13 @@ def _read_stac(
         properties=False,
         band_coords=False,
         chunksize=max(target.shape),
+        errors_as_nodata=(),
     )
-    stack = stack.isel(band=0)
-    if nodata is not None:
-        stack = stack.where(stack != np.float32(nodata))
-    mosaic: xr.DataArray = stackstac.mosaic(stack, dim="time", nodata=np.nan)
     try:
-        values: NDArray[np.float32] = mosaic.compute(scheduler="synchronous").to_numpy()
+        plane = stack.isel(time=0, band=0).compute(scheduler="synchronous")
     except RuntimeError as error:  # stackstac's word for a file that cannot be read
-        raise OSError(str(error)) from error
+        raise OSError(f"{raster.href} breaks off while it is read: {error}") from error
+    values: NDArray[np.float32] = plane.to_numpy()
     if values.shape != target.shape:
         raise AssertionError(f"stackstac gave {values.shape} for {target.shape}")
     return values

@@ -61,7 +61,10 @@ class EmbeddingTile:
 
     def touches(self, grid: Grid) -> bool:
         """Whether the bounds meet, in the grid's CRS."""
-        west, south, east, north = reproject_bounds(self.grid.bounds, self.grid.crs, grid.crs)
+        try:
+            west, south, east, north = reproject_bounds(self.grid.bounds, self.grid.crs, grid.crs)
+        except InputError:
+            return False
         w, s, e, n = grid.bounds
         return west < e and w < east and south < n and s < north
 
@@ -115,6 +118,8 @@ def _scan_tile(href: str, years: tuple[int, ...]) -> list[EmbeddingTile]:
 
 def _problem(dataset: Any) -> str | None:
     kinds = set(dataset.dtypes)
+    if problem := geometry_problem(dataset):
+        return problem
     if dataset.count != BANDS:
         return f"{dataset.count} bands instead of {BANDS}"
     if len(kinds) > 1 or not kinds & {"int8", *_FLOATS}:
@@ -124,7 +129,7 @@ def _problem(dataset: Any) -> str | None:
     transform = dataset.transform
     if abs(abs(transform.e) / transform.a - 1) > 1e-6:
         return f"pixels are {transform.a} x {abs(transform.e)}, not square"
-    return geometry_problem(dataset)
+    return None
 
 
 def region_grid(settings: RegionSettings, tiles: list[EmbeddingTile]) -> Grid:
@@ -222,6 +227,12 @@ def _read(tile: EmbeddingTile, part: Region) -> NDArray[np.int8]:
     if tile.dtype in _FLOATS:
         if declared is not None and not np.isnan(declared):
             values[:, (values == declared).any(axis=0)] = np.nan
+        strange = values[np.abs(values) > 1]
+        if strange.size:
+            raise InputError(
+                f"{tile.href}: values like {strange[0]:g} lie outside -1 to 1; if that is the "
+                "missing-value, declare it in the file (gdal_edit.py -a_nodata); codes must be int8"
+            )
         values = encode(values)
     missing = (values == NODATA).any(axis=0)
     values[:, missing] = NODATA

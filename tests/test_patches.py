@@ -1,0 +1,482 @@
+"""The split against plain loops over pixels, and the patches against the arrays of a small cube."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise, product
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from aeheight.cube import Layer, Template, Tree, create
+from aeheight.embeddings import BAND_NAMES, BANDS, NODATA, valid
+from aeheight.grid import Grid
+from aeheight.patches import TEST, TRAIN, UNUSED, VALIDATION, Patch, Patches, Spot, draw_split
+from aeheight.settings import CubeSettings, SplitSettings
+from aeheight.store import Store
+from aeheight.windows import Region, whole
+
+ANY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+# --- the split ---------------------------------------------------------------------------------
+
+
+def window_of(mask, region):
+    """The part of a whole grid's mask that lies in a region; False past the edge."""
+    if not isinstance(mask, np.ndarray):
+        return mask
+    out = np.zeros(region.shape, dtype=bool)
+    inside = region.intersect(whole(mask.shape))
+    if inside is not None:
+        out[inside.within(region).slices] = mask[inside.slices]
+    return out
+
+
+def split(wanted, shape, region=None, test=None, validation=None):
+    """`draw_split` with shares from the settings, or with masks of the whole grid."""
+    region = region or whole(shape)
+    test, validation = (
+        window_of(default if given is None else given, region.expand(wanted.buffer))
+        for given, default in ((test, wanted.test), (validation, wanted.validation))
+    )
+    return draw_split(wanted, shape, region, test, validation)
+
+
+def within(mask, radius):
+    """Pixels within `radius` (Chebyshev) of a true one, by one shift after the other."""
+    rows, cols = mask.shape
+    padded = np.pad(mask, radius)
+    near = np.zeros_like(mask)
+    for down, right in product(range(2 * radius + 1), repeat=2):
+        near |= padded[down : down + rows, right : right + cols]
+    return near
+
+
+@st.composite
+def splits(draw):
+    """Settings, a grid's shape, and test and validation ground as shares or masks."""
+    shape = draw(st.tuples(st.integers(1, 40), st.integers(1, 40)))
+    wanted = SplitSettings(
+        block=draw(st.integers(1, 12)),
+        buffer=draw(st.integers(0, 6)),
+        test=draw(st.floats(0, 1)),
+        validation=draw(st.floats(0, 1)),
+        seed=draw(st.integers(0, 9)),
+    )
+    rng = np.random.default_rng(wanted.seed)
+    masks = [rng.random(shape) < 0.02 if draw(st.booleans()) else None for _ in range(2)]
+    return wanted, shape, *masks
+
+
+@ANY
+@given(case=splits(), data=st.data())
+def test_a_pixel_has_the_same_use_in_any_cut(case, data):
+    wanted, shape, test, validation = case
+    everything = split(wanted, shape, None, test, validation)
+    cuts = [
+        [0, *sorted(data.draw(st.sets(st.integers(1, size - 1), max_size=2))), size]
+        if size > 1
+        else [0, 1]
+        for size in shape
+    ]
+    for (top, bottom), (left, right) in product(pairwise(cuts[0]), pairwise(cuts[1])):
+        part = Region(top, left, bottom - top, right - left)
+        use = split(wanted, shape, part, test, validation)
+        assert use.dtype == np.uint8
+        np.testing.assert_array_equal(use, everything[part.slices])
+
+
+@ANY
+@given(splits())
+def test_the_buffer_is_exactly_what_lies_near_other_ground(case):
+    wanted, shape, test, validation = case
+    raw = split(wanted.model_copy(update={"buffer": 0}), shape, None, test, validation)
+    assert UNUSED not in raw
+    tests, validates = raw == TEST, raw == VALIDATION
+    expected = np.where(within(tests | validates, wanted.buffer), UNUSED, TRAIN)
+    expected[validates & ~within(tests, wanted.buffer)] = VALIDATION
+    expected[tests] = TEST
+    use = split(wanted, shape, None, test, validation)
+    np.testing.assert_array_equal(use, expected)
+    assert not (within(use >= VALIDATION, wanted.buffer) & (use == TRAIN)).any()
+    assert not (within(use == TEST, wanted.buffer) & (use == VALIDATION)).any()
+
+
+@ANY
+@given(
+    blocks=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    test=st.floats(0, 1),
+    validation=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
+def test_shares_are_shares_of_whole_blocks(blocks, test, validation, seed):
+    wanted = SplitSettings(block=5, buffer=0, test=test, validation=validation, seed=seed)
+    use = split(wanted, (blocks[0] * 5, blocks[1] * 5))
+    of_block = use.reshape(blocks[0], 5, blocks[1], 5).transpose(0, 2, 1, 3).reshape(-1, 25)
+    assert (of_block == of_block[:, :1]).all()
+    tested = round(test * len(of_block))
+    validated = round(validation * (len(of_block) - tested))
+    counts = np.bincount(of_block[:, 0], minlength=4).tolist()
+    assert counts == [0, len(of_block) - tested - validated, validated, tested]
+
+
+def test_shares_of_ragged_ground_are_about_right():
+    use = split(SplitSettings(block=20, buffer=0, test=0.2, validation=0.1), (1690, 2370))
+    shares = np.bincount(use.ravel(), minlength=4) / use.size
+    np.testing.assert_allclose(shares, [0, 0.72, 0.08, 0.2], atol=0.01)
+
+
+def test_a_mask_is_taken_as_it_is_and_validation_is_a_share_of_the_rest():
+    shape, wanted = (400, 400), SplitSettings(block=10, buffer=3, test=0.5, validation=0.25)
+    east = np.zeros(shape, dtype=bool)
+    east[:, 250:] = True
+    use = split(wanted, shape, test=east)
+    np.testing.assert_array_equal(use == TEST, east)
+    raw = split(wanted.model_copy(update={"buffer": 0}), shape, test=east)
+    assert (raw[:, :250] == VALIDATION).mean() == pytest.approx(0.25, abs=0.03)
+    both = split(wanted, shape, test=east, validation=np.ones(shape, dtype=bool))
+    np.testing.assert_array_equal(both[:, :247], VALIDATION)
+    np.testing.assert_array_equal(both[:, 247:250], UNUSED)
+    np.testing.assert_array_equal(both[:, 250:], TEST)
+
+
+@pytest.mark.parametrize(
+    ("test", "validation", "use"),
+    [(1.0, 0.1, TEST), (1, 1, TEST), (0.0, 1.0, VALIDATION), (0, 0, TRAIN)],
+)
+def test_all_ground_can_have_one_use(test, validation, use):
+    wanted = SplitSettings(block=7, buffer=5, test=test, validation=validation)
+    assert (split(wanted, (50, 60)) == use).all()
+
+
+def test_the_seed_decides_and_a_larger_share_keeps_the_smaller_ones_ground():
+    shape = (100, 100)
+    small, large, other = (
+        split(SplitSettings(block=10, buffer=0, test=test, seed=seed), shape)
+        for test, seed in ((0.2, 0), (0.4, 0), (0.2, 1))
+    )
+    again = split(SplitSettings(block=10, buffer=0, test=0.2, seed=0), shape)
+    np.testing.assert_array_equal(again, small)
+    assert (small != other).any()
+    assert (large[small == TEST] == TEST).all()
+
+
+def test_a_split_is_known():
+    """A model's test ground must not become another's training ground with the next version."""
+    use = split(SplitSettings(block=1, buffer=0, test=0.25, validation=0.2, seed=0), (4, 6))
+    assert ["".join(map(str, row)) for row in use] == ["123131", "111233", "112211", "311311"]
+
+
+# --- a cube to draw from -----------------------------------------------------------------------
+
+GRIDS = (
+    Grid("EPSG:32610", 10, 400_000, 4_000_000, (50, 70)),
+    Grid("EPSG:32611", 10, 300_000, 4_000_000, (33, 20)),
+)
+YEARS = (2020, 2021)
+EMBEDDING = Layer("embedding", "int8", NODATA, timed=True, bands=BAND_NAMES)
+HEIGHT, PRIOR = (Layer(name, "float32", np.nan) for name in ("height", "prior"))
+SPLIT = Layer("split", "uint8", UNUSED)
+
+
+@dataclass(frozen=True)
+class World:
+    """A cube and the arrays that it was made of."""
+
+    tree: Tree
+    arrays: dict
+
+    def usable(self, group, year, use):
+        codes, height = self.arrays[group, "embedding", year], self.arrays[group, "height", None]
+        there = (codes[0] != NODATA) & ~np.isnan(height)
+        return there & (self.arrays[group, "split", None] == use)
+
+    def total(self, use):
+        return sum(self.usable(g.name, year, use).sum() for g, year in product(GRIDS, YEARS))
+
+
+def arrays_of(grid, rng):
+    """Each year has its own gaps; the first shard holds no training ground."""
+    codes = {}
+    for year in YEARS:
+        codes[year] = rng.integers(-127, 128, (BANDS, *grid.shape), dtype=np.int8)
+        codes[year][:, rng.random(grid.shape) < 0.2] = NODATA
+    heights = rng.normal(100, 20, (2, *grid.shape)).astype(np.float32)
+    heights[rng.random(heights.shape) < 0.1] = np.nan
+    use = split(SplitSettings(block=8, buffer=1, test=0.2, validation=0.2), grid.shape)
+    use[:32, :32] = np.where(use[:32, :32] == TRAIN, UNUSED, use[:32, :32])
+    return {
+        **{(grid.name, "embedding", year): codes[year] for year in YEARS},
+        (grid.name, "height", None): heights[0],
+        (grid.name, "prior", None): heights[1],
+        (grid.name, "split", None): use,
+    }
+
+
+def make_world(place, *layers):
+    cut = CubeSettings(shard=32, chunk=16)
+    tree = create(Store.at(place), Template(GRIDS, layers, YEARS, cut, "cube of a test"))
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for grid in GRIDS:
+        arrays |= arrays_of(grid, rng)
+    for layer in layers:
+        for shard in tree.template.shards(layer.name):
+            values = arrays[shard.group, shard.layer, shard.year]
+            tree.write(shard, np.ascontiguousarray(values[(..., *shard.region.slices)]))
+    return World(tree, arrays)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(
+        tmp_path_factory.mktemp("cube") / "cube.zarr", EMBEDDING, HEIGHT, PRIOR, SPLIT
+    )
+
+
+def swept(world, edge, seed=0, **more):
+    patches = Patches(world.tree, edge, seed, **more)
+    for _ in patches.sweep():
+        pass
+    return patches
+
+
+def assert_same_patch(patch, other):
+    for name in ("codes", "height", "prior", "use"):
+        one, two = getattr(patch, name), getattr(other, name)
+        assert one.dtype == two.dtype
+        np.testing.assert_array_equal(one, two)
+
+
+def plain_patch(tree, spot):
+    return Patch(
+        *(
+            tree.read(spot.group, layer, spot.year if layer == "embedding" else None, spot.region)
+            for layer in ("embedding", "height", "prior", "split")
+        )
+    )
+
+
+def test_usable_is_what_has_the_use_an_embedding_and_a_height():
+    codes = np.zeros((BANDS, 1, 4), dtype=np.int8)
+    codes[:, 0, 1] = NODATA
+    height = np.array([[1, 1, np.nan, 1]], dtype=np.float32)
+    use = np.array([[TRAIN, TRAIN, TRAIN, TEST]], dtype=np.uint8)
+    patch = Patch(codes, height, None, use)
+    assert patch.usable(TRAIN).tolist() == [[True, False, False, False]]
+    assert patch.usable(TEST).tolist() == [[False, False, False, True]]
+    assert not patch.usable(VALIDATION).any()
+
+
+# --- sweep -------------------------------------------------------------------------------------
+
+
+def test_a_sweep_sees_every_training_pixel_once(world):
+    seen = [*Patches(world.tree, 24, 0).sweep()]
+    shards = [
+        shard
+        for shard in world.tree.template.shards("embedding")
+        if (world.arrays[shard.group, "split", None][shard.region.slices] == TRAIN).any()
+    ]
+    assert 0 < len(shards) < len(world.tree.template.shards("embedding"))
+    for patch, shard in zip(seen, shards, strict=True):
+        assert_same_patch(
+            patch, plain_patch(world.tree, Spot(shard.group, shard.year, shard.region))
+        )
+    assert sum(patch.usable(TRAIN).sum() for patch in seen) == world.total(TRAIN)
+
+
+@pytest.mark.parametrize("edge", [2, 3])
+def test_an_epoch_covers_the_training_ground_once(world, edge):
+    """Cells of 3 px do not divide shards: one that two shards share is counted in both."""
+    assert len(swept(world, edge).epoch(1)) == -(-world.total(TRAIN) // edge**2)
+
+
+def test_an_epoch_on_small_ground_has_128_patches(world):
+    assert len(swept(world, 24).epoch(1)) == 128
+
+
+def test_sweeping_again_counts_anew(world):
+    patches = swept(world, 5)
+    before = (patches.epoch(1), patches.validation())
+    assert len([*patches.sweep()]) > 0
+    assert (patches.epoch(1), patches.validation()) == before
+
+
+def test_a_cube_without_a_prior_has_patches_without_one(tmp_path):
+    world = make_world(tmp_path / "cube.zarr", EMBEDDING, HEIGHT, SPLIT)
+    patches = Patches(world.tree, 16, 0)
+    assert {patch.prior for patch in patches.sweep()} == {None}
+    assert patches.read(patches.epoch(1)[0]).prior is None
+
+
+# --- epochs ------------------------------------------------------------------------------------
+
+
+def test_an_epoch_is_decided_by_seed_and_number(world):
+    one = swept(world, 24, per_epoch=50)
+    assert one.epoch(3) == one.epoch(3) == swept(world, 24, per_epoch=50).epoch(3)
+    assert one.epoch(3) != one.epoch(4)
+    assert one.epoch(3) != swept(world, 24, seed=1, per_epoch=50).epoch(3)
+    assert len(one.epoch(3)) == 50
+
+
+@pytest.mark.parametrize("edge", [1, 16, 24, 40])
+def test_spots_lie_inside_the_grid_where_it_is_large_enough(world, edge):
+    spots = swept(world, edge, per_epoch=500).epoch(1)
+    assert {spot.group for spot in spots} == {"utm10n", "utm11n"}
+    assert {spot.year for spot in spots} == set(YEARS)
+    for spot in spots:
+        region = spot.region
+        assert region.shape == (edge, edge)
+        for start, size in zip((region.row, region.col), world.tree.template.grid(spot.group).shape,
+                               strict=True):  # fmt: skip
+            assert start == 0 if size <= edge else 0 <= start <= size - edge
+
+
+def test_spots_are_drawn_where_training_ground_is(world):
+    """Each lies within half a patch of usable ground, and groups and years have their share."""
+    edge, number = 8, 20_000
+    spots = swept(world, edge, per_epoch=number).epoch(1)
+    for group, year in product(("utm10n", "utm11n"), YEARS):
+        usable = world.usable(group, year, TRAIN)
+        found = {spot.region for spot in spots if (spot.group, spot.year) == (group, year)}
+        for region in found:
+            near = region.expand(edge // 2).intersect(whole(usable.shape))
+            assert usable[near.slices].any()
+        drawn = sum((spot.group, spot.year) == (group, year) for spot in spots)
+        assert drawn / number == pytest.approx(usable.sum() / world.total(TRAIN), abs=0.015)
+
+
+def test_every_training_pixel_is_seen_sooner_or_later(world):
+    spots = swept(world, 8, per_epoch=5_000).epoch(1)
+    for group, year in product(("utm10n", "utm11n"), YEARS):
+        usable = world.usable(group, year, TRAIN)
+        seen = np.zeros_like(usable)
+        for spot in spots:
+            if (spot.group, spot.year) == (group, year):
+                seen[spot.region.intersect(whole(usable.shape)).slices] = True
+        assert (usable & ~seen).sum() == 0
+
+
+# --- validation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edge", [1, 7, 16, 24, 40])
+def test_validation_covers_every_usable_pixel_once(world, edge):
+    patches = swept(world, edge)
+    spots = patches.validation()
+    assert spots == swept(world, edge, seed=1).validation()
+    for group, year in product(("utm10n", "utm11n"), YEARS):
+        usable = world.usable(group, year, VALIDATION)
+        seen = np.zeros(usable.shape, dtype=int)
+        for spot in spots:
+            if (spot.group, spot.year) == (group, year):
+                assert spot.region.shape == (edge, edge)
+                inside = spot.region.intersect(whole(usable.shape))
+                seen[inside.slices] += 1
+                assert usable[inside.slices].any()
+        assert seen.max() == 1
+        assert (seen[usable] == 1).all()
+
+
+def test_validation_patches_hold_all_validation_pixels(world):
+    patches = swept(world, 24)
+    total = sum(patches.read(spot).usable(VALIDATION).sum() for spot in patches.validation())
+    assert total == world.total(VALIDATION)
+
+
+# --- reads -------------------------------------------------------------------------------------
+
+spots = st.builds(
+    Spot,
+    st.sampled_from(["utm10n", "utm11n"]),
+    st.sampled_from(YEARS),
+    st.builds(
+        Region,
+        st.integers(-30, 60),
+        st.integers(-30, 80),
+        st.integers(1, 40),
+        st.integers(1, 40),
+    ),
+)
+CHUNK = BANDS * 16 * 16
+
+
+@settings(deadline=None, max_examples=30)
+@given(wanted=st.lists(spots, min_size=1, max_size=4), cache=st.sampled_from([0, 3, 1000]))
+def test_a_read_is_what_the_cube_holds_whatever_is_cached(world, wanted, cache):
+    patches = Patches(world.tree, 16, 0, cache_bytes=cache * CHUNK)
+    for spot in [*wanted, *wanted[::-1]]:
+        assert_same_patch(patches.read(spot), plain_patch(world.tree, spot))
+        held = [values.nbytes for values in patches._chunks.values()]
+        assert sum(held) == patches._held
+        assert patches._held <= patches.cache_bytes or len(held) == 1
+
+
+@dataclass
+class Counting:
+    """A tree that keeps count of what is read from it."""
+
+    tree: Tree
+    regions: list = field(default_factory=list)
+
+    @property
+    def template(self):
+        return self.tree.template
+
+    def read(self, group, layer, year, region):
+        self.regions.append((group, layer, year, region))
+        return self.tree.read(group, layer, year, region)
+
+
+def test_a_chunk_is_read_once_while_it_is_kept(world):
+    tree = Counting(world.tree)
+    patches = Patches(tree, 16, 0)
+    for row, col in product(range(0, 32, 4), repeat=2):
+        patches.read(Spot("utm10n", 2020, Region(row, col, 8, 8)))
+    chunks = [Region(row, col, 16, 16) for row, col in product((0, 16, 32), repeat=2)]
+    assert len(tree.regions) == len(set(tree.regions)) == 4 * len(chunks)
+    assert {region for *_, region in tree.regions} == set(chunks)
+
+
+def test_the_chunk_used_longest_ago_makes_room(world):
+    tree = Counting(world.tree)
+    room = 2 * (CHUNK + 2 * 4 * 256 + 256)  # two patches of one chunk, in four layers
+    patches = Patches(tree, 16, 0, cache_bytes=room)
+    a, b, c = (Spot("utm10n", 2020, Region(0, col, 16, 16)) for col in (0, 16, 32))
+
+    def reads(spot):
+        before = len(tree.regions)
+        patches.read(spot)
+        return len(tree.regions) - before
+
+    assert [reads(spot) for spot in (a, b, a, c, a, b)] == [4, 4, 0, 4, 0, 4]
+
+
+def test_what_a_reader_does_to_a_patch_stays_there(world):
+    patches, spot = Patches(world.tree, 16, 0), Spot("utm10n", 2020, Region(0, 0, 16, 16))
+    patches.read(spot).codes[:] = 5
+    patches.read(spot).use[:] = TEST
+    assert_same_patch(patches.read(spot), plain_patch(world.tree, spot))
+
+
+def test_threads_may_read_at_once(world):
+    patches = swept(world, 24, per_epoch=20, cache_bytes=8 * CHUNK)
+    spots = patches.epoch(1)
+    with ThreadPoolExecutor(4) as pool:
+        for spot, patch in zip(spots, pool.map(patches.read, spots), strict=True):
+            assert_same_patch(patch, plain_patch(world.tree, spot))
+    assert patches._held == sum(values.nbytes for values in patches._chunks.values())
+    assert patches._held <= patches.cache_bytes
+
+
+def test_a_patch_past_the_edge_is_nodata_there(world):
+    patch = Patches(world.tree, 40, 0).read(Spot("utm11n", 2021, Region(0, 0, 40, 40)))
+    assert not valid(patch.codes)[33:].any()
+    assert not valid(patch.codes)[:, 20:].any()
+    assert valid(patch.codes)[:33, :20].any()
+    assert np.isnan(patch.height[33:]).all()
+    assert (patch.use[:, 20:] == UNUSED).all()
