@@ -8,13 +8,19 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Self, TextIO
 
+from dask.base import tokenize
 from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster, as_completed
+from distributed.comm.addressing import parse_address
+from distributed.comm.core import CommClosedError
+from distributed.comm.registry import get_backend
 
 from aeheight.cube import Shard
 from aeheight.errors import InputError
@@ -75,7 +81,8 @@ class Connection:
         Args:
             scheduler: such as `tcp://host:8786`; None starts a cluster here.
             workers: processes here; None is one for every two cores. They share the cores evenly.
-            patience: seconds to wait for the first worker of a given scheduler.
+            patience: seconds to wait for the first worker of a given scheduler (and, up to 20, for
+                the scheduler itself).
         """
         self._scheduler = scheduler
         self._workers = workers or max(CPU_COUNT // 2, 1)
@@ -97,7 +104,7 @@ class Connection:
             InputError: no scheduler answers at that address, or no worker joins it.
         """
         if self._client is None:
-            self._client = self._local() if self._scheduler is None else self._remote()
+            self._client = self._remote(self._scheduler) if self._scheduler else self._local()
         return self._client
 
     def _local(self) -> Client:
@@ -113,12 +120,14 @@ class Connection:
         self._opened.enter_context(client)
         return client
 
-    def _remote(self) -> Client:
+    def _remote(self, scheduler: str) -> Client:
         try:
-            client: Client = Client(self._scheduler, timeout=20)
+            scheme, place = parse_address(scheduler)
+            get_backend(scheme).get_address_host(place)  # refuses what is no address
+            client: Client = Client(scheduler, timeout=min(20, self._patience))
         except (OSError, ValueError) as error:
             raise InputError(
-                f"no Dask scheduler answers at {self._scheduler} ({error}); start one, or leave "
+                f"no Dask scheduler answers at {scheduler} ({error}); start one, or leave "
                 "--scheduler out to work on this machine"
             ) from error
         try:
@@ -126,7 +135,7 @@ class Connection:
             client.wait_for_workers(1, timeout=self._patience)
         except TimeoutError as error:
             raise InputError(
-                f"no worker joined {self._scheduler} within {self._patience:.0f} s; start some"
+                f"no worker joined {scheduler} within {self._patience:.0f} s; start some"
             ) from error
         return client
 
@@ -201,50 +210,56 @@ def run_shards(
         ConnectionError: the scheduler went away; what has a receipt is safe.
     """
     started = time.monotonic()
-    waiting = iter(shards)
-    names: dict[Any, Shard] = {}
     failed: dict[str, str] = {}
     pixels = 0
-    resources = {"GPU": 1} if _has_gpus(client) else None
-
-    def submit(shard: Shard) -> Any:
-        future = client.submit(
-            _attempt,
-            task,
-            shard,
-            key=f"{progress.label}-{key}-{shard.name}",
-            pure=False,
-            resources=resources,
-        )
-        names[future.key] = shard
-        return future
-
-    running = as_completed(
-        [submit(shard) for shard, _ in zip(waiting, _room(client), strict=False)]
-    )
-    for future in running:
-        shard = names.pop(future.key)
-        if future.status not in ("finished", "error"):
-            raise ConnectionError(
-                f"the scheduler went away while {shard.name} was {future.status}; run again: "
-                "finished shards are kept"
-            )
-        result = future.result() if future.status == "finished" else _lost(future.exception())
-        if isinstance(result, _Failure):
-            failed[shard.name] = result.reason
-        else:
-            pixels += shard.region.size
-        progress.step(shard.region.size, failed=isinstance(result, _Failure))
-        future.release()
-        if (following := next(waiting, None)) is not None:
-            running.add(submit(following))
+    try:
+        for shard, result in _results(client, task, shards, f"{progress.label}-{key}"):
+            if isinstance(result, _Failure):
+                failed[shard.name] = result.reason
+            else:
+                pixels += shard.region.size
+            progress.step(shard.region.size, failed=isinstance(result, _Failure))
+    except (CommClosedError, CancelledError) as error:
+        raise ConnectionError(
+            f"the scheduler went away ({error}); run again: finished shards are kept"
+        ) from error
     done = len(shards) - len(failed)
     return Outcome(done, 0, failed, time.monotonic() - started, pixels)
 
 
-def _room(client: Client) -> range:
-    threads = sum(client.nthreads().values())
-    return range(max(threads, 1) * _AHEAD)
+def _results(
+    client: Client, task: Task, shards: Sequence[Shard], label: str
+) -> Iterator[tuple[Shard, Receipt | _Failure]]:
+    """Every shard with what came of it, in the order of finishing; few are in flight at a time."""
+    # With the task in it: two runs of one region file into two stores may share a scheduler.
+    prefix = f"{label}-{tokenize(task)[:8]}"
+    resources = {"GPU": 1} if _has_gpus(client) else None
+    names: dict[str, Shard] = {}
+
+    def submit(shard: Shard) -> Any:
+        key = f"{prefix}-{shard.name}"
+        names[key] = shard
+        return client.submit(_attempt, task, shard, key=key, pure=False, resources=resources)
+
+    waiting = iter(shards)
+    running = as_completed([submit(shard) for shard in islice(waiting, _room(client))])
+    for future in running:
+        failed = future.status == "error"
+        yield (
+            names.pop(future.key),
+            # No worker could finish it: they kept dying.
+            _Failure(_reason(future.exception())) if failed else future.result(),
+        )
+        future.release()
+        # Workers may have joined since: there is room for as many as they can take now.
+        for shard in islice(waiting, max(_room(client) - running.count(), 0)):
+            running.add(submit(shard))
+
+
+def _room(client: Client) -> int:
+    """Tasks that may be in flight."""
+    threads: int = sum(client.nthreads().values())
+    return max(threads, 1) * _AHEAD
 
 
 def _has_gpus(client: Client) -> bool:
@@ -252,13 +267,8 @@ def _has_gpus(client: Client) -> bool:
     return any("GPU" in worker["resources"] for worker in workers)
 
 
-def _lost(error: BaseException) -> _Failure:
-    """A task that no worker could finish, such as one whose workers kept dying."""
-    return _Failure(_reason(error))
-
-
 def _reason(error: BaseException) -> str:
     """One line of what went wrong."""
-    text = str(error).strip()
+    text = " ".join(str(error).split())
     named = isinstance(error, OSError | ValueError) and text
-    return text if named else f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+    return text if named else f"{type(error).__name__}: {text}"

@@ -17,7 +17,6 @@ import numpy as np
 import xarray as xr
 import zarr
 from numpy.typing import NDArray
-from obstore.exceptions import BaseError
 from pyproj import CRS
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.errors import ZarrUserWarning
@@ -205,14 +204,16 @@ class Tree:
             )
         array: Any = self._root[f"{shard.group}/{shard.layer}"]
         index = self._index(spec, shard.year, shard.region)
-        with plain_errors(f"write {self.store.uri}/{shard.name}"):
-            try:
+        doing = f"write {self.store.uri}/{shard.name}"
+        try:
+            with plain_errors(doing):
                 array[index] = values
-            except (OSError, BaseError):
-                raise
-            except Exception:
-                # Zarr reads a shard before it replaces it, and fails where the old one is damaged.
-                self.store.remove(self._key(spec, shard))
+        except (OSError, InputError):
+            raise
+        except Exception:
+            # Zarr reads a shard before it replaces it, and fails where the old one is damaged.
+            self.store.remove(self._key(spec, shard))
+            with plain_errors(doing):
                 array[index] = values
         return checksum(values)
 

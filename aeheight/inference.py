@@ -44,7 +44,7 @@ def predict_region(
         (rows, columns) float32 metres.
     """
     windows = lattice.windows(region)
-    seen = _hull(windows)
+    seen = lattice.hull(region)
     codes = read_codes(seen)
     prior = read_prior(seen) if read_prior else None
     # A window that keeps nothing but nodata cannot change the map.
@@ -63,12 +63,6 @@ def predict_region(
         for window, heights in zip(part, model(codes_batch, prior_batch), strict=False):
             blend.add(window, heights)
     return blend.result()
-
-
-def _hull(windows: list[Region]) -> Region:
-    """The smallest region that holds all windows of a rectangle of the lattice."""
-    first, last = windows[0], windows[-1]
-    return Region(first.row, first.col, last.bottom - first.row, last.right - first.col)
 
 
 def _keeps_any(codes: NDArray[np.int8], seen: Region, kept: Region | None) -> bool:

@@ -178,6 +178,17 @@ class Lattice:
         rows = self._indices(region.row, region.bottom, self.shape[0])
         return len(rows) * len(self._indices(region.col, region.right, self.shape[1]))
 
+    def hull(self, region: Region) -> Region:
+        """The smallest region that holds all `windows(region)`: what a task must read."""
+        rows = self._indices(region.row, region.bottom, self.shape[0])
+        cols = self._indices(region.col, region.right, self.shape[1])
+        return Region(
+            rows[0] * self.stride - self.margin,
+            cols[0] * self.stride - self.margin,
+            (len(rows) - 1) * self.stride + self.window,
+            (len(cols) - 1) * self.stride + self.window,
+        )
+
     def _indices(self, start: int, stop: int, size: int) -> range:
         half = self.blend // 2
         first = max((start - half) // self.stride, 0)

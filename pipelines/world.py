@@ -5,7 +5,7 @@ settlements lie on it. The west serves for training and the east for testing: th
 hillier and more wooded, which is the difficulty that arXiv 2602.17250 met in its own split.
 
 The embeddings carry the height in part. One pixel knows its height through a bent code with much
-white noise, which a neighbourhood averages away; canopy height shows only in the local texture;
+noise, most of which a neighbourhood averages away; canopy height shows only in the local texture;
 slope and relief must be integrated. So a per-pixel ridge beats the mean, and a convolution beats
 the ridge. `pipelines.world_files` writes it all in the formats that real data has.
 """

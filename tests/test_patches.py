@@ -142,6 +142,15 @@ def test_a_mask_is_taken_as_it_is_and_validation_is_a_share_of_the_rest():
     np.testing.assert_array_equal(both[:, 250:], TEST)
 
 
+def test_ground_past_the_edge_has_no_use():
+    """Bounds and polygons may reach past the grid; what lies there needs no buffer."""
+    wanted, region = SplitSettings(block=5, buffer=3, test=0.5, validation=0.5), whole((20, 30))
+    past = np.ones((26, 36), dtype=bool)
+    past[3:-3, 3:-3] = False
+    for test, validation in ((past, 0), (0, past), (past, past)):
+        assert (draw_split(wanted, region.shape, region, test, validation) == TRAIN).all()
+
+
 @pytest.mark.parametrize(
     ("test", "validation", "use"),
     [(1.0, 0.1, TEST), (1, 1, TEST), (0.0, 1.0, VALIDATION), (0, 0, TRAIN)],

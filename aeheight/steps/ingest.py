@@ -139,8 +139,8 @@ def execute(run: Run) -> Outcome:
     if run.options.overwrite:
         for place in (ledger.store, run.ledger("split").store, run.cube):
             place.remove()
-    key = ledger.begin(begun_with(run.settings, grid))
     tree = create(run.cube, made)
+    key = ledger.begin(begun_with(run.settings, grid) | {"cube_identity": tree.identity})
     ledger.store.write(_SOURCES, sources.to_bytes())
     nodata = tuple(h.nodata if h else None for h in (run.settings.height, run.settings.prior))
     task = Ingest(run.cube.uri, tree.identity, ledger.store.uri, key, *nodata)
