@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--repair", action="store_true", help="make the damaged shards again"
             )
+            _add_workers(command)
     return parser
 
 
@@ -72,6 +73,10 @@ def _add_work(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--overwrite", action="store_true", help="discard the step's receipts and outputs first"
     )
+    _add_workers(command)
+
+
+def _add_workers(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--workers",
         type=_positive,
@@ -84,10 +89,9 @@ def _add_work(command: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

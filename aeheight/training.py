@@ -23,8 +23,9 @@ from torch import Tensor
 from aeheight.embeddings import BANDS, valid
 from aeheight.errors import InputError
 from aeheight.metrics import Stats, merge
-from aeheight.models import STRIDE, Base, Checkpoint, HeightModel, Provenance, Ridge, RidgeSums
+from aeheight.models import STRIDE, Base, Checkpoint, HeightModel, Provenance
 from aeheight.patches import TRAIN, VALIDATION, Patch
+from aeheight.ridge import Ridge, RidgeSums
 from aeheight.settings import ModelSettings
 
 Record = dict[str, float]

@@ -12,7 +12,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from aeheight.embeddings import BANDS, NODATA, valid
 from aeheight.inference import predict_region
-from aeheight.models import Checkpoint, Predictor, Provenance, Ridge, build
+from aeheight.models import Checkpoint, Predictor, Provenance, build
+from aeheight.ridge import Ridge
 from aeheight.settings import ModelSettings
 from aeheight.windows import Lattice, Region, tile, whole
 

@@ -18,10 +18,9 @@ from aeheight.models import (
     HeightModel,
     Predictor,
     Provenance,
-    Ridge,
-    RidgeSums,
     build,
 )
+from aeheight.ridge import Ridge, RidgeSums
 from aeheight.settings import ModelSettings
 
 UNET = ModelSettings(architecture="unet")

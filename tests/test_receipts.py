@@ -378,7 +378,14 @@ def test_a_lease_that_was_taken_over_is_left_to_its_new_holder(
     """A machine that slept past its expiry neither takes the lease back nor removes it."""
     with lease(store):
         other = claim(store) | {"token": "theirs", "host": "elsewhere"}
-        store.write("lease.json", json.dumps(other).encode())
+
+        def taken_over() -> bool:
+            """Not if it was just being renewed."""
+            store.write("lease.json", json.dumps(other).encode())
+            time.sleep(short_lease / 2)
+            return claim(store)["token"] == "theirs"
+
+        wait_for(taken_over)
         time.sleep(2 * short_lease)
         assert claim(store)["token"] == "theirs"
     assert claim(store)["token"] == "theirs"

@@ -2,10 +2,7 @@
 
 import os
 import pickle
-import resource
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from hypothesis import strategies as st
 
 from aeheight.errors import InputError
 from aeheight.store import Store
+from tests.trees import full_disk
 
 PART = st.text("abcdefgh0123456789._-", min_size=1, max_size=8).filter(
     lambda part: part.strip(".") and not part.startswith("-")
@@ -25,17 +23,6 @@ KEY = st.lists(PART, min_size=2, max_size=3).map("/".join)
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store.at(tmp_path / "a" / "b")
-
-
-@contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """No file may grow past `size` bytes: to a writer that is a full disk, and needs no root."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def one_line(error: BaseException, *names: str) -> None:

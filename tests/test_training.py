@@ -9,8 +9,9 @@ import torch
 
 from aeheight.embeddings import NODATA, encode, valid
 from aeheight.errors import InputError
-from aeheight.models import Predictor, Provenance, RidgeSums
+from aeheight.models import Predictor, Provenance
 from aeheight.patches import TEST, TRAIN, UNUSED, VALIDATION, Patch
+from aeheight.ridge import RidgeSums
 from aeheight.settings import ModelSettings
 from aeheight.training import fit
 

@@ -46,5 +46,5 @@ def read_area(
         moved = [transform_geom("EPSG:4326", grid.crs, shape) for shape in shapes]
         outside: NDArray[np.bool_] = geometry_mask(moved, grid.shape, grid.transform)
         return ~outside
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"split: {path} is no GeoJSON with polygons: {error}") from error

@@ -6,6 +6,7 @@ missing neighbour takes no part in a mean or an interpolation. Missing heights a
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,38 @@ from numpy.typing import NDArray
 from pyproj import Transformer
 from rasterio.enums import Resampling
 from rasterio.vrt import WarpedVRT
+from rasterio.windows import Window
 
 from aeheight.errors import InputError
 from aeheight.grid import Grid, crs_name, reproject_bounds
 from aeheight.settings import Bounds, HeightSettings, RegionSettings
 from aeheight.sources.files import find_files, geometry_problem, opened
-from aeheight.windows import Region
+from aeheight.windows import Region, tile
 
 _LOWEST, _HIGHEST = -1000.0, 9000.0
 """Metres: no surface of the Earth lies outside; what does is a missing-value nobody declared."""
 
 
 _TOLERANCE = 1e-6
-"""Source pixels: an exact transform, so that a height does not depend on the cut (0 is refused)."""
+"""Source pixels: an exact transform (0 is refused)."""
+
+_CELL = 256
+"""Pixels: heights are warped on whole squares of the grid, so that they do not depend on the cut.
+
+GDAL takes the scale from a target's shape, and is wrong by metres on one of a few pixels.
+"""
+
+
+_NO_STAC = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    pystac.STACError,
+    pystac.STACTypeError,
+)
+"""What pystac raises for text that is no STAC."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +65,7 @@ class Raster:
     nodata: float | None
     """What a missing pixel holds; None: NaN."""
     item: dict[str, Any] | None = None
-    """The STAC item, for a source that is read by stackstac."""
+    """What stackstac needs of a STAC item: `id`, `properties.datetime` and the one asset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +74,6 @@ class HeightSource:
 
     rasters: tuple[Raster, ...]
     """In order of precedence: where two overlap, the first valid pixel counts."""
-    asset: str
-    """STAC: the asset's key."""
 
 
 def scan_heights(
@@ -75,7 +93,7 @@ def scan_heights(
             f"({grid.crs}); the first covers {list(rasters[0].bounds)} ({rasters[0].crs}): "
             "embeddings and heights must share ground"
         )
-    return HeightSource(touching, wanted.asset)
+    return HeightSource(touching)
 
 
 def touches(raster: Raster, grid: Grid) -> bool:
@@ -95,10 +113,7 @@ def _scan_rasters(settings: RegionSettings, wanted: HeightSettings, key: str) ->
 
 def _header(href: str, nodata: float | None, key: str) -> Raster:
     with opened(href) as dataset:
-        problem = geometry_problem(dataset)
-        if dataset.count != 1:
-            problem = f"it has {dataset.count} bands; a height model has one"
-        if problem:
+        if problem := _problem(dataset):
             raise InputError(f"{key}: {href}: {problem}")
         transform, (west, one, east, other) = dataset.transform, dataset.bounds
         declared = dataset.nodata if nodata is None else nodata
@@ -109,6 +124,18 @@ def _header(href: str, nodata: float | None, key: str) -> Raster:
             max(abs(transform.a), abs(transform.e)),
             None if declared is None or np.isnan(declared) else declared,
         )
+
+
+def _problem(dataset: Any) -> str | None:
+    if dataset.count != 1:
+        return f"it has {dataset.count} bands; a height model has one"
+    scale, offset = dataset.scales[0], dataset.offsets[0]
+    if (scale, offset) != (1, 0):
+        return (
+            f"its values are to be scaled ({scale:g}) and shifted ({offset:g}); write plain "
+            "metres first, for example with gdal_translate -unscale -ot Float32"
+        )
+    return geometry_problem(dataset)
 
 
 def _scan_stac(settings: RegionSettings, wanted: HeightSettings, key: str) -> list[Raster]:
@@ -133,7 +160,7 @@ def _items(href: str, key: str) -> list[pystac.Item]:
         text = pystac.StacIO.default().read_text(href)
         described = json.loads(text)
         if described.get("type") == "FeatureCollection":
-            items = list(pystac.ItemCollection.from_dict(described))
+            items = [pystac.Item.from_dict(feature) for feature in described["features"]]
             for item in items:
                 if item.get_self_href() is None:
                     item.set_self_href(href)
@@ -143,7 +170,7 @@ def _items(href: str, key: str) -> list[pystac.Item]:
             return [opened_object]
         assert isinstance(opened_object, pystac.Catalog)
         return list(opened_object.get_items(recursive=True))
-    except (OSError, ValueError, KeyError, AttributeError, pystac.STACError) as error:
+    except _NO_STAC as error:
         raise InputError(
             f"{key}.href: {href} cannot be read as STAC ({error}); give a catalogue, collection, "
             "item or item collection, or use source: raster"
@@ -160,9 +187,12 @@ def _item_raster(item: pystac.Item, wanted: HeightSettings, key: str) -> Raster:
     about = item.properties | asset.extra_fields
     code = about.get("proj:code") or (about.get("proj:epsg") and f"EPSG:{about['proj:epsg']}")
     transform, shape = about.get("proj:transform"), about.get("proj:shape")
-    plain = item.to_dict(include_self_link=False, transform_hrefs=False)
-    plain["assets"] = {wanted.asset: plain["assets"][wanted.asset]}
-    plain["links"] = []
+    when = item.to_dict(include_self_link=False, transform_hrefs=False)["properties"]["datetime"]
+    plain = {
+        "id": item.id,
+        "properties": {"datetime": when},
+        "assets": {wanted.asset: {"href": asset.href}},
+    }
     if not (code and transform and shape):
         header = _header(asset.href, wanted.nodata, key)
         return Raster(
@@ -174,49 +204,47 @@ def _item_raster(item: pystac.Item, wanted: HeightSettings, key: str) -> Raster:
     return Raster(asset.href, crs_name(code), bounds, max(abs(dx), abs(dy)), wanted.nodata, plain)
 
 
-def read_heights(
-    source: HeightSource, grid: Grid, region: Region, nodata: float | None
-) -> NDArray[np.float32]:
+def read_heights(source: HeightSource, grid: Grid, region: Region) -> NDArray[np.float32]:
     """Heights of a region: (rows, columns) float32 metres, NaN where there is none.
 
     Args:
         source: from `scan_heights`.
         grid: the whole grid.
         region: pixels of it.
-        nodata: the missing-value of files that declare none.
 
     Raises:
         OSError: a file breaks off.
         InputError: a height that no ground on Earth has.
     """
-    target = grid.part(region)
     out = np.full(region.shape, np.nan, dtype=np.float32)
+    cover = _cover(region)
     for raster in source.rasters:
-        if touches(raster, target) and np.isnan(out).any():
-            values = _read(raster, source.asset, grid, target, nodata)
-            np.copyto(out, _plausible(values, raster), where=np.isnan(out))
+        if touches(raster, grid.part(region)) and np.isnan(out).any():
+            how = _resampling(raster, grid)
+            # stackstac knows a CRS by its EPSG code only.
+            by_stac = raster.item is not None and grid.crs.startswith("EPSG:")
+            values = (_stack if by_stac else _warp)(raster, grid, cover, how)
+            values = _plausible(values[region.within(cover).slices], raster.href)
+            np.copyto(out, values, where=np.isnan(out))
     return out
 
 
-def _plausible(values: NDArray[np.float32], raster: Raster) -> NDArray[np.float32]:
+def _cover(region: Region) -> Region:
+    """The whole cells that hold a region."""
+    row, col = region.row // _CELL * _CELL, region.col // _CELL * _CELL
+    height, width = region.bottom - row, region.right - col
+    return Region(row, col, -(-height // _CELL) * _CELL, -(-width // _CELL) * _CELL)
+
+
+def _plausible(values: NDArray[np.float32], href: str) -> NDArray[np.float32]:
     strange = values[(values < _LOWEST) | (values > _HIGHEST)]
     if strange.size:
         raise InputError(
-            f"{raster.href}: {strange.size} heights like {strange[0]:g} m lie outside "
+            f"{href}: {strange.size} heights like {strange[0]:g} m lie outside "
             f"{_LOWEST:g} to {_HIGHEST:g} m; if that is a missing-value that the file does not "
             "declare, name it in `nodata`"
         )
     return values
-
-
-def _read(
-    raster: Raster, asset: str, grid: Grid, target: Grid, nodata: float | None
-) -> NDArray[np.float32]:
-    how = _resampling(raster, grid)
-    # stackstac can be told neither a missing-value before it resamples, nor a CRS without a code.
-    if raster.item is not None and nodata is None and target.crs.startswith("EPSG:"):
-        return _stack(raster, asset, target, how)
-    return _warp(raster, target, how)
 
 
 def _resampling(raster: Raster, grid: Grid) -> Resampling:
@@ -240,18 +268,25 @@ def _resampling(raster: Raster, grid: Grid) -> Resampling:
     return Resampling.bilinear
 
 
-def _warp(raster: Raster, target: Grid, how: Resampling) -> NDArray[np.float32]:
+def _warp(raster: Raster, grid: Grid, cover: Region, how: Resampling) -> NDArray[np.float32]:
+    """Whole cells of a grid, each warped on its own."""
+    out = np.empty(cover.shape, dtype=np.float32)
     with opened(raster.href) as dataset:
-        declared = dataset.nodata if raster.nodata is None else raster.nodata
-        values = _warped(dataset, target, how, declared)
-        if declared is None and how is Resampling.average:
-            # One missing-value among many heights gives a mean that looks like a height.
-            for extreme in (Resampling.min, Resampling.max):
-                _plausible(_warped(dataset, target, extreme, declared), raster)
-        return values
+        if problem := _problem(dataset):
+            raise InputError(f"{raster.href}: {problem}")
+        missing = dataset.nodata if raster.nodata is None else raster.nodata
+        for cell in tile(cover.shape, _CELL):
+            place = Region(cover.row + cell.row, cover.col + cell.col, *cell.shape)
+            target = grid.part(place)
+            out[cell.slices] = _warp_cell(dataset, target, how, missing)
+            if missing is None and how is Resampling.average:
+                # One missing-value among many heights gives a mean that looks like a height.
+                for extreme in (Resampling.min, Resampling.max):
+                    _plausible(_warp_cell(dataset, target, extreme, missing), raster.href)
+    return out
 
 
-def _warped(
+def _warp_cell(
     dataset: Any, target: Grid, how: Resampling, missing: float | None
 ) -> NDArray[np.float32]:
     with WarpedVRT(
@@ -270,11 +305,16 @@ def _warped(
         return values
 
 
-def _stack(raster: Raster, asset: str, target: Grid, how: Resampling) -> NDArray[np.float32]:
+def _stack(raster: Raster, grid: Grid, cover: Region, how: Resampling) -> NDArray[np.float32]:
+    """The same by stackstac: a chunk is a cell."""
+    assert raster.item is not None
+    target, epsg = grid.part(cover), int(grid.crs.removeprefix("EPSG:"))
+    # What does not touch is left out already: stackstac need not guess where the asset lies.
+    place = {"proj:epsg": epsg, "proj:bbox": list(target.bounds)}
     stack: xr.DataArray = stackstac.stack(
-        [raster.item],
-        assets=[asset],
-        epsg=int(target.crs.removeprefix("EPSG:")),
+        [raster.item | {"properties": raster.item["properties"] | place}],
+        assets=list(raster.item["assets"]),
+        epsg=epsg,
         resolution=target.resolution,
         bounds=target.bounds,
         snap_bounds=False,
@@ -286,14 +326,32 @@ def _stack(raster: Raster, asset: str, target: Grid, how: Resampling) -> NDArray
         sortby_date=False,
         properties=False,
         band_coords=False,
-        chunksize=max(target.shape),
-        errors_as_nodata=(),
+        chunksize=_CELL,
+        reader=partial(_Reader, raster, grid, cover, how),
     )
-    try:
-        plane = stack.isel(time=0, band=0).compute(scheduler="synchronous")
-    except RuntimeError as error:  # stackstac's word for a file that cannot be read
-        raise OSError(f"{raster.href} breaks off while it is read: {error}") from error
-    values: NDArray[np.float32] = plane.to_numpy()
-    if values.shape != target.shape:
-        raise AssertionError(f"stackstac gave {values.shape} for {target.shape}")
+    values: NDArray[np.float32] = (
+        stack.isel(time=0, band=0).compute(scheduler="synchronous").to_numpy()
+    )
+    if values.shape != cover.shape:
+        raise AssertionError(f"stackstac gave {values.shape} for {cover.shape}")
     return values
+
+
+class _Reader:
+    """How stackstac reads an asset: by the same warp as any raster.
+
+    Its own reader is up to an eighth of a source pixel off, resamples before a missing-value can be
+    named, and takes a file that is gone (404) for one without a height.
+    """
+
+    def __init__(
+        self, raster: Raster, grid: Grid, cover: Region, how: Resampling, **_plan: Any
+    ) -> None:
+        self._asset = raster, grid
+        self._cover, self._how = cover, how
+
+    def read(self, window: Window) -> NDArray[np.float32]:
+        """A chunk; `window` counts from the stack's corner."""
+        row, col = self._cover.row + int(window.row_off), self._cover.col + int(window.col_off)
+        cell = Region(row, col, int(window.height), int(window.width))
+        return _warp(*self._asset, cell, self._how)

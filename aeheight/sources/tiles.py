@@ -164,6 +164,11 @@ def region_grid(settings: RegionSettings, tiles: list[EmbeddingTile]) -> Grid:
 
 
 def _pixels(grid: Grid, bounds_degrees: Bounds) -> Region:
+    west, south, east, north = bounds_degrees
+    if not (-180 <= west < east <= 180 and -90 <= south < north <= 90):
+        raise InputError(
+            f"aoi {list(bounds_degrees)} is no area in degrees; give [west, south, east, north]"
+        )
     west, south, east, north = reproject_bounds(bounds_degrees, "EPSG:4326", grid.crs)
     top, left = grid.offset(west, north)
     bottom, right = grid.offset(east, south)

@@ -20,7 +20,7 @@ from aeheight.patches import USES
 from aeheight.receipts import Ledger, Receipt, receipt_for
 from aeheight.steps.predict import MODEL
 from aeheight.steps.run import Plan, Run, carry_out
-from aeheight.steps.split import record_split
+from aeheight.steps.split import record_split, split_fingerprint
 from aeheight.steps.summary import summarise, thin
 from aeheight.store import Store
 from aeheight.windows import Region
@@ -35,9 +35,8 @@ def plan(run: Run) -> Plan:
     Raises:
         InputError: the region has no height, or there is no cube yet.
     """
+    _need_height(run)
     cube = run.open_cube().template
-    if run.settings.height is None:
-        raise InputError("evaluation needs a reference: the region has no `height`")
     shards = _shards(cube)
     per_pixel = 64 + 4 * sum(layer.dtype == "float32" for layer in cube.layers) + 5
     return Plan(
@@ -52,6 +51,11 @@ def plan(run: Run) -> Plan:
     )
 
 
+def _need_height(run: Run) -> None:
+    if run.settings.height is None:
+        raise InputError("evaluation needs a reference: the region has no `height`")
+
+
 def _shards(cube: Template) -> list[Shard]:
     """One a shard of the map's first year: references carry no year to tell years apart."""
     return [Shard(s.group, "report", cube.years[0], s.region) for s in cube.shards("height")]
@@ -61,12 +65,13 @@ def execute(run: Run) -> Outcome:
     """Sum up every pending shard, then write metrics.json and the page.
 
     Raises:
-        InputError: the map is not whole, or its model was trained on another split of this ground.
+        InputError: the region has no height, the map is not whole, or its model was trained on
+            another split of this ground.
     """
-    split = record_split(run)
+    _need_height(run)
     cube, checkpoint = run.open_cube(), _whole_map(run)
     trained = checkpoint.provenance
-    if trained.cube == cube.identity and trained.split != split:
+    if trained.cube == cube.identity and trained.split != split_fingerprint(run.settings):
         raise InputError(
             "the model was trained on another split of this very ground: its test pixels may have "
             "been training pixels; train again with --overwrite, or set `split` back"
@@ -75,6 +80,8 @@ def execute(run: Run) -> Outcome:
     if run.options.overwrite:
         ledger.store.remove()
         run.report.remove()
+        run.ledger("split").discard()
+    split = record_split(run)
     edges = _height_edges(run, cube.template)
     heights = open_tree(run.heights)
     key = ledger.begin(

@@ -141,13 +141,38 @@ def execute(run: Run) -> Outcome:
             place.remove()
     tree = create(run.cube, made)
     key = ledger.begin(begun_with(run.settings, grid) | {"cube_identity": tree.identity})
-    ledger.store.write(_SOURCES, sources.to_bytes())
-    nodata = tuple(h.nodata if h else None for h in (run.settings.height, run.settings.prior))
-    task = Ingest(run.cube.uri, tree.identity, ledger.store.uri, key, *nodata)
+    if ledger.pending(_shards(made)):
+        _hold_sources(ledger, sources)
+    task = Ingest(run.cube.uri, tree.identity, ledger.store.uri, key)
     outcome = carry_out(run, "ingest", ledger, _shards(made), task, key)
     if not outcome.failed:
         _refuse_empty(ledger, made)
     return outcome
+
+
+def _hold_sources(ledger: Ledger, sources: Sources) -> None:
+    """Record the files that the cube is made from: every shard of it from the same.
+
+    Raises:
+        InputError: shards were made from other files; names them.
+    """
+    if not ledger.done():
+        ledger.store.write(_SOURCES, sources.to_bytes())
+    elif (known := Sources.from_bytes(ledger.store.read(_SOURCES))) != sources:
+        before, now = _files(known), _files(sources)
+        changed = [f"no longer there: {href}" for href in sorted(before - now)]
+        changed += [f"new: {href}" for href in sorted(now - before)]
+        raise InputError(
+            "the source files are not those that the cube was begun with:\n  "
+            + "\n  ".join(changed[:10] or ["the header of a file changed"])
+            + "\nput them back, or run with --overwrite to make the cube anew"
+        )
+
+
+def _files(sources: Sources) -> set[str]:
+    models = [model for model in (sources.height, sources.prior) if model]
+    rasters = {raster.href for model in models for raster in model.rasters}
+    return rasters | {tile.href for tile in sources.tiles}
 
 
 def _refuse_empty(ledger: Ledger, made: Template) -> None:
@@ -170,8 +195,6 @@ class Ingest:
     identity: str
     ledger: str
     key: str
-    height_nodata: float | None
-    prior_nodata: float | None
 
     def __call__(self, shard: Shard) -> Receipt:
         """Read, write, leave the receipt."""
@@ -188,12 +211,9 @@ class Ingest:
         if shard.layer == "embedding":
             assert shard.year is not None
             return read_embeddings(sources.tiles, grid, shard.region, shard.year)
-        source, nodata = {
-            "height": (sources.height, self.height_nodata),
-            "prior": (sources.prior, self.prior_nodata),
-        }[shard.layer]
+        source = {"height": sources.height, "prior": sources.prior}[shard.layer]
         assert source is not None
-        return read_heights(source, grid, shard.region, nodata)
+        return read_heights(source, grid, shard.region)
 
 
 @lru_cache(maxsize=4)

@@ -1,7 +1,6 @@
 """The steps in order: run, plan, status, verify."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +11,7 @@ from aeheight.receipts import Damage, Ledger
 from aeheight.receipts import verify as verify_tree
 from aeheight.steps import evaluate, ingest, predict, train
 from aeheight.steps.run import Run
+from aeheight.steps.split import record_split
 
 Say = Callable[[dict[str, Any], list[str]], None]
 """Takes the facts for machines and the lines for people."""
@@ -149,9 +149,15 @@ def verify(run: Run, say: Say, *, repair: bool) -> int:
 
     Returns:
         The exit code: 0 all sound (or mended), 1 damage.
+
+    Raises:
+        InputError: there is nothing to verify.
     """
+    ledgers = _ledgers(run)
+    if not ledgers:
+        raise InputError(f"there is nothing to verify at {run.store.uri}; run aeheight ingest")
     damaged: dict[str, list[Damage]] = {}
-    for label, tree, ledger, _ in _ledgers(run):
+    for label, tree, ledger, _ in ledgers:
         checked = list(verify_tree(tree, ledger))
         damages = [damage for damage in checked if damage is not None]
         say(
@@ -161,9 +167,6 @@ def verify(run: Run, say: Say, *, repair: bool) -> int:
         )
         if damages:
             damaged[label] = damages
-            if repair:
-                for damage in damages:
-                    ledger.forget(damage.shard)
     if not damaged:
         return 0
     if not repair:
@@ -172,6 +175,10 @@ def verify(run: Run, say: Say, *, repair: bool) -> int:
             ["run again with --repair to make just these shards again"],
         )
         return 1
-    mending = replace(run, options=replace(run.options, overwrite=False))
-    steps = [{"split": "train"}.get(label, label) for label in damaged]
-    return execute(mending, steps, say)
+    with run.held():
+        for label, _, ledger, _ in ledgers:
+            for damage in damaged.get(label, []):
+                ledger.forget(damage.shard)
+        if "split" in damaged:
+            record_split(run)
+    return execute(run, [step for step in _STEPS if step in damaged], say)

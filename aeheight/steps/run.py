@@ -6,6 +6,7 @@ For every pending shard: read what it needs, compute, write the whole shard, lea
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from aeheight.cluster import Connection, Outcome, Progress, Task, run_shards
@@ -79,7 +80,13 @@ class Run:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """The run's lease; one driver at a time."""
+        """The run's lease; one driver at a time.
+
+        Raises:
+            InputError: another driver holds it, or the store is no folder.
+        """
+        if self.store.is_local and Path(self.store.uri).is_file():
+            raise InputError(f"store: {self.store.uri} is a file; name a folder instead")
         with lease(self.store):
             yield
 
@@ -102,9 +109,11 @@ class Plan:
 
 
 def _shown(key: str, value: Any) -> str:
-    if key.endswith("bytes") and isinstance(value, int):
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if "bytes" in key and isinstance(value, int):
         return human_bytes(value)
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
+    if isinstance(value, int) and value >= 10_000:
         return f"{value:,}"
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))

@@ -9,9 +9,14 @@ from aeheight.cube import Shard, Tree
 from aeheight.errors import InputError
 from aeheight.patches import UNUSED, draw_split
 from aeheight.receipts import receipt_for
-from aeheight.settings import fingerprint
+from aeheight.settings import RegionSettings, fingerprint
 from aeheight.sources.areas import read_area
 from aeheight.steps.run import Run
+
+
+def split_fingerprint(settings: RegionSettings) -> str:
+    """What a checkpoint remembers of the split that it was trained on."""
+    return fingerprint(settings.split.model_dump(mode="json"))
 
 
 def record_split(run: Run) -> str:
@@ -20,7 +25,7 @@ def record_split(run: Run) -> str:
     It is a pure function of settings and grid and costs little, so the driver does it itself.
 
     Returns:
-        The fingerprint of the split, which a checkpoint remembers.
+        `split_fingerprint`.
 
     Raises:
         InputError: the region has no reference heights, or the split there is another one.
@@ -37,7 +42,7 @@ def record_split(run: Run) -> str:
         started = time.monotonic()
         use = _draw(run, tree, shard)
         ledger.leave(receipt_for(shard, use, tree.write(shard, use), use != UNUSED, key, started))
-    return fingerprint(split)
+    return split_fingerprint(run.settings)
 
 
 def _draw(run: Run, tree: Tree, shard: Shard) -> NDArray[np.uint8]:

@@ -16,7 +16,6 @@ from aeheight.receipts import Ledger
 from aeheight.steps.run import Plan, Run
 from aeheight.steps.split import record_split
 from aeheight.store import Store
-from aeheight.training import fit
 
 BEST = "best.ckpt"
 _HISTORY = "history.csv"
@@ -76,6 +75,9 @@ def execute(run: Run) -> Outcome:
     )
     if run.model.exists(BEST):
         return Outcome(0, 1, {}, 0.0, 0)
+    # Here, not above: workers that predict need neither Lightning nor its seconds of loading.
+    from aeheight.training import fit  # noqa: PLC0415
+
     assert settings.height is not None
     provenance = Provenance(
         cube=tree.identity,
