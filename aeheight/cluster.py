@@ -6,17 +6,21 @@ leaves its receipt on the worker, so that a driver may die at any time and lose 
 
 import json
 import logging
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Self, TextIO
 
+from dask import config
 from dask.base import tokenize
 from dask.system import CPU_COUNT
+from dask.utils import parse_timedelta
 from distributed import Client, LocalCluster, as_completed
 from distributed.comm.addressing import parse_address
 from distributed.comm.core import CommClosedError
@@ -109,13 +113,14 @@ class Connection:
 
     def _local(self) -> Client:
         threads = str(max(CPU_COUNT // self._workers, 1))
-        cluster = LocalCluster(
-            n_workers=self._workers,
-            threads_per_worker=1,
-            dashboard_address=":0",
-            silence_logs=logging.ERROR,
-            env=dict.fromkeys(_THREAD_VARIABLES, threads) | QUIET_THREADS,
-        )
+        with _deaf_to_interrupts():
+            cluster = LocalCluster(
+                n_workers=self._workers,
+                threads_per_worker=1,
+                dashboard_address=":0",
+                silence_logs=logging.ERROR,
+                env=dict.fromkeys(_THREAD_VARIABLES, threads) | QUIET_THREADS,
+            )
         client: Client = Client(self._opened.enter_context(cluster))
         self._opened.enter_context(client)
         return client
@@ -124,7 +129,9 @@ class Connection:
         try:
             scheme, place = parse_address(scheduler)
             get_backend(scheme).get_address_host(place)  # refuses what is no address
-            client: Client = Client(scheduler, timeout=min(20, self._patience))
+            # Dask's own setting may ask for more, where a scheduler's image has yet to be pulled.
+            usual = parse_timedelta(config.get("distributed.comm.timeouts.connect"))
+            client: Client = Client(scheduler, timeout=min(max(20, usual), self._patience))
         except (OSError, ValueError) as error:
             raise InputError(
                 f"no Dask scheduler answers at {scheduler} ({error}); start one, or leave "
@@ -138,6 +145,22 @@ class Connection:
                 f"no worker joined {scheduler} within {self._patience:.0f} s; start some"
             ) from error
         return client
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes started inside ignore Ctrl-C: it is the driver's, which then ends them in order.
+
+    A terminal sends Ctrl-C to all processes, and each worker would answer with a traceback.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @dataclass(slots=True)
@@ -194,16 +217,13 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def run_shards(
-    client: Client, task: Task, shards: Sequence[Shard], key: str, progress: Progress
-) -> Outcome:
+def run_shards(client: Client, task: Task, shards: Sequence[Shard], progress: Progress) -> Outcome:
     """Run a task for every shard; each shard succeeds or fails on its own.
 
     Args:
         client: an open client.
         task: picklable and small; it writes the shard and leaves the receipt itself.
         shards: each by one task only.
-        key: what makes the tasks' keys differ from another run's (a fingerprint of settings).
         progress: told of every shard.
 
     Raises:
@@ -213,7 +233,7 @@ def run_shards(
     failed: dict[str, str] = {}
     pixels = 0
     try:
-        for shard, result in _results(client, task, shards, f"{progress.label}-{key}"):
+        for shard, result in _results(client, task, shards, progress.label):
             if isinstance(result, _Failure):
                 failed[shard.name] = result.reason
             else:
@@ -231,8 +251,8 @@ def _results(
     client: Client, task: Task, shards: Sequence[Shard], label: str
 ) -> Iterator[tuple[Shard, Receipt | _Failure]]:
     """Every shard with what came of it, in the order of finishing; few are in flight at a time."""
-    # With the task in it: two runs of one region file into two stores may share a scheduler.
-    prefix = f"{label}-{tokenize(task)[:8]}"
+    # With the task in it (its store and settings): two runs may share a scheduler.
+    prefix = f"{label}-{tokenize(task)[:16]}"
     resources = {"GPU": 1} if _has_gpus(client) else None
     names: dict[str, Shard] = {}
 

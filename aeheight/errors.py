@@ -4,5 +4,9 @@
 class InputError(ValueError):
     """Bad input or a state that the user must mend; the message names the remedy.
 
-    The command prints it and ends with exit code 2, before any work has begun.
+    The command prints it and ends with exit code 2.
     """
+
+
+class NotYetError(InputError):
+    """What a step builds on is not there yet: an earlier step has to run first."""

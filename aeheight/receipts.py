@@ -5,15 +5,19 @@ receipt: one small object beside the store, left by the worker after the shard i
 """
 
 import json
+import logging
 import os
 import platform
+import signal
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -30,11 +34,18 @@ FORMAT = 1
 _SETTINGS = "settings.json"
 _LEASE = "lease.json"
 _LEASE_SECONDS = 60.0
+_log = logging.getLogger(__name__)
 
 
+@cache
 def versions() -> dict[str, str]:
     """What the receipts and reports say of the code that ran."""
-    return {"aeheight": __version__, "numpy": np.__version__, "python": platform.python_version()}
+    libraries = ("dask", "numpy", "rasterio", "torch", "zarr")
+    return {
+        "aeheight": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in libraries},
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,43 +109,62 @@ def receipt_for(
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """The receipts of one step."""
+    """The receipts of one step.
+
+    They lie in a folder named by the fingerprint of their settings, so that what a straggler of
+    older settings leaves behind can never count as done.
+    """
 
     store: Store
     """Where they lie: `RUN/cube.receipts`."""
+    key: str = ""
+    """Fingerprint of the settings; empty: that of the settings recorded there."""
 
-    def begin(self, settings: Mapping[str, Any]) -> str:
-        """Take up the work with these settings; returns their fingerprint.
+    def begin(self, settings: Mapping[str, Any], *, made: bool | None = None) -> "Ledger":
+        """Take up the work with these settings; returns the ledger of their receipts.
+
+        Args:
+            settings: all that the result depends on.
+            made: whether anything was made with the recorded settings; None: whether there is a
+                receipt. Nothing made, nothing to keep: the settings may change.
 
         Raises:
-            InputError: the receipts that are there were made with other settings; shows which.
+            InputError: there are receipts of other settings; shows what differs.
         """
         wanted = json.loads(json.dumps(settings))
         found = self.settings()
-        if found is None:
-            self.store.write(_SETTINGS, json.dumps(wanted, indent=1, sort_keys=True).encode())
-        elif changed := differences(found, wanted):
+        changed = [] if found is None else differences(found, wanted)
+        if changed and (bool(self.done()) if made is None else made):
             raise InputError(
                 f"{self.store.uri}: begun with other settings:\n  "
                 + "\n  ".join(changed)
-                + "\nset them back, or run with --overwrite to discard what was made with them"
+                + "\nset them back, or run that step with --overwrite to make it anew"
             )
-        return fingerprint(wanted)
+        if found is None or changed:
+            self.store.write(_SETTINGS, json.dumps(wanted, indent=1, sort_keys=True).encode())
+        return replace(self, key=fingerprint(wanted))
 
     def settings(self) -> dict[str, Any] | None:
         """The settings of the receipts, or None before the first."""
         try:
-            found: dict[str, Any] = json.loads(self.store.read(_SETTINGS))
+            return self.store.read_json(_SETTINGS)
         except FileNotFoundError:
             return None
-        return found
+
+    def current(self) -> "Ledger":
+        """The ledger of the recorded settings (itself, where it is one already)."""
+        if self.key:
+            return self
+        settings = self.settings()
+        return replace(self, key="none" if settings is None else fingerprint(settings))
 
     def done(self) -> set[str]:
         """Names of the shards that have a receipt."""
+        folder = self.current().key + "/"
         return {
-            key.removesuffix(".json")
-            for key in self.store.keys()  # noqa: SIM118
-            if key.endswith(".json") and "/" in key
+            key.removeprefix(folder).removesuffix(".json")
+            for key in self.store.keys(folder)
+            if key.endswith(".json")
         }
 
     def pending(self, shards: Iterable[Shard]) -> list[Shard]:
@@ -144,16 +174,16 @@ class Ledger:
 
     def leave(self, receipt: Receipt) -> None:
         """Write the receipt of a shard that is whole."""
-        self.store.write(f"{receipt.shard}.json", receipt.to_bytes())
+        self.store.write(f"{receipt.settings}/{receipt.shard}.json", receipt.to_bytes())
 
     def receipt(self, name: str) -> Receipt:
         """The receipt of a shard.
 
         Raises:
             FileNotFoundError: it has none.
-            InputError: its format is another version's.
+            InputError: it is damaged, or its format is another version's.
         """
-        found = json.loads(self.store.read(f"{name}.json"))
+        found = self.store.read_json(f"{self.current().key}/{name}.json")
         if found.get("format") != FORMAT:
             raise InputError(
                 f"the receipt of {name} has format {found.get('format')}, this version reads "
@@ -163,7 +193,7 @@ class Ledger:
 
     def forget(self, name: str) -> None:
         """Remove a receipt, so that its shard is made again."""
-        self.store.remove(f"{name}.json")
+        self.store.remove(f"{self.current().key}/{name}.json")
 
     def discard(self) -> None:
         """Remove all receipts and the record of the settings."""
@@ -180,6 +210,7 @@ class Damage:
 
 def verify(tree: Tree, ledger: Ledger) -> Iterator[Damage | None]:
     """Read every finished shard again and compare its checksum: None where it is sound."""
+    ledger = ledger.current()
     for name in sorted(ledger.done()):
         shard = Shard.parse(name)
         try:
@@ -195,10 +226,12 @@ def verify(tree: Tree, ledger: Ledger) -> Iterator[Damage | None]:
 def lease(store: Store) -> Iterator[None]:
     """Hold a run as its only driver; renewed while held, given back at the end.
 
-    A driver that was killed on this machine is noticed at once, elsewhere after a minute.
+    A driver that was killed on this machine is noticed at once; one of another machine is waited
+    for until its lease runs out. A driver that loses its lease is interrupted.
 
     Raises:
-        InputError: another driver holds it; says which.
+        InputError: another driver holds it and is alive; says which.
+        KeyboardInterrupt: another driver took it, since this one slept for longer than a minute.
     """
     token = uuid.uuid4().hex
     _acquire(store, token)
@@ -206,9 +239,11 @@ def lease(store: Store) -> Iterator[None]:
 
     def renew() -> None:
         while not stop.wait(_LEASE_SECONDS / 4):
-            # A store that is out of reach for a moment is tried again; another's lease is left.
+            # A store that is out of reach for a moment is tried again.
             with suppress(OSError):
                 if _holder(store).get("token", token) != token:
+                    _log.error("another driver has taken %s: this one stops", store.uri)
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                     return
                 store.write(_LEASE, _claim(token))
 
@@ -237,22 +272,25 @@ def _claim(token: str) -> bytes:
 
 def _holder(store: Store) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(store.read(_LEASE))
+        return store.read_json(_LEASE)
     except FileNotFoundError:
         return {}
-    return found
 
 
 def _acquire(store: Store, token: str) -> None:
     if store.create(_LEASE, _claim(token)):
         return
-    holder = _holder(store)
-    if holder and _is_alive(holder):
-        left = max(holder["expires"] - time.time(), 0)
-        raise InputError(
-            f"{store.uri} is held by another driver (process {holder['pid']} on "
-            f"{holder['host']}); wait until it ends, or {left:.0f} s if it was killed"
-        )
+    first = holder = _holder(store)
+    while holder and _is_alive(holder):
+        here = holder["host"] == socket.gethostname()
+        if here or holder["expires"] > first["expires"] or holder["token"] != first["token"]:
+            raise InputError(
+                f"{store.uri} is held by another driver (process {holder['pid']} on "
+                f"{holder['host']}); wait until it ends"
+            )
+        # Nobody can ask another machine whether the process lives: a living one renews its lease.
+        time.sleep(1)
+        holder = _holder(store)
     # The holder is gone. Two may see that at once: the one that then reads its own token has it.
     store.write(_LEASE, _claim(token))
     time.sleep(0.2)

@@ -151,7 +151,7 @@ class RegionSettings(_Settings):
     """One run: one region file."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    store: str
+    store: Annotated[str, Field(min_length=1)]
     """Folder (relative to where the command runs) or URI under which all results lie."""
     grid: GridSettings | None = None
     aoi: Bounds | str | None = None

@@ -4,6 +4,7 @@ A `Store` is only its URI, so that it travels to workers as text; the connection
 is used. Writes are atomic (an object is whole or absent) on a local disk as on S3.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,6 +59,23 @@ class Store:
         with plain_errors(f"read {self.uri}/{key}"):
             self._need_folder()
             return bytes(obstore.get(_open(self.uri), key).bytes())
+
+    def read_json(self, key: str) -> dict[str, Any]:
+        """An object that aeheight wrote as JSON.
+
+        Raises:
+            FileNotFoundError: there is none.
+            InputError: it is damaged.
+        """
+        try:
+            found = json.loads(self.read(key))
+        except ValueError as error:
+            raise InputError(
+                f"{self.uri}/{key} is damaged ({error}); remove it, or run with --overwrite"
+            ) from error
+        if not isinstance(found, dict):
+            raise InputError(f"{self.uri}/{key} is damaged; remove it, or run with --overwrite")
+        return found
 
     def write(self, key: str, data: bytes) -> None:
         """Put a whole object in place of whatever was there.

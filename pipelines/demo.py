@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from aeheight.cli import main as aeheight
+from aeheight.errors import InputError
 from pipelines.world import make_world
 
 WORLD = Path("runs/demo-world")
@@ -15,7 +16,11 @@ def main() -> int:
     """Make the world where it is not there yet, and run the demo region; the exit code."""
     started = time.monotonic()
     print(f"world     a made-up landscape in the real formats, in {WORLD}", flush=True)
-    make_world(WORLD)
+    try:
+        make_world(WORLD)
+    except InputError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
     print(f"world     ready after {time.monotonic() - started:.0f} s", flush=True)
     code = aeheight(["run", str(REGION)])
     print(f"demo      ended after {time.monotonic() - started:.0f} s", flush=True)

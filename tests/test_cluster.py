@@ -81,7 +81,7 @@ def run(
 ) -> tuple[Outcome, str]:
     stream = io.StringIO()
     progress = Progress("test", len(shards), stream=stream, interval=0)
-    return run_shards(client, task, shards, "key", progress), stream.getvalue()
+    return run_shards(client, task, shards, progress), stream.getvalue()
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:

@@ -102,7 +102,7 @@ def damaged(path: Path, position: int) -> None:
 def test_a_flipped_bit_anywhere_is_found(
     store: Store, shard: Shard, key: tuple[int | str, ...]
 ) -> None:
-    tree, ledger = create(store, TEMPLATE), Ledger(Store.at(f"{store.uri}.receipts"))
+    tree, ledger = create(store, TEMPLATE), Ledger(Store.at(f"{store.uri}.receipts"), "s")
     values = values_for(shard)
     valid = np.ones(shard.region.shape, bool)
     ledger.leave(receipt_for(shard, values, tree.write(shard, values), valid, "s", 0.0))
@@ -126,7 +126,7 @@ def test_a_flipped_bit_anywhere_is_found(
 
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.99])
 def test_a_truncated_shard_is_found(store: Store, keep: float) -> None:
-    tree, ledger = create(store, TEMPLATE), Ledger(Store.at(f"{store.uri}.receipts"))
+    tree, ledger = create(store, TEMPLATE), Ledger(Store.at(f"{store.uri}.receipts"), "s")
     values = values_for(HEIGHT)
     valid = ~np.isnan(values)
     ledger.leave(receipt_for(HEIGHT, values, tree.write(HEIGHT, values), valid, "s", 0.0))

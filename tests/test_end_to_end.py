@@ -14,6 +14,7 @@ from aeheight.embeddings import ATTRIBUTION
 from aeheight.models import Checkpoint
 from aeheight.steps.evaluate import round_edges, slope
 from pipelines.world import World
+from tests.runs import arrays, same_map
 
 METRICS = {
     *("n", "coverage", "mean", "median", "std", "nmad", "mae", "rmse", "r2", "pearson"),
@@ -22,13 +23,6 @@ METRICS = {
 SPLITS = {"train": 1, "validation": 2, "test": 3}
 DATA = Path(__file__).parents[2] / "shared" / "data"
 REGIONS = Path(__file__).parents[1] / "pipelines" / "regions"
-
-
-def arrays(path: Path) -> dict[str, np.ndarray]:
-    """Every layer of the one group of a tree, read by xarray alone."""
-    with xr.open_datatree(path, engine="zarr") as tree:
-        (group,) = tree.children.values()
-        return {str(name): values.to_numpy() for name, values in group.data_vars.items()}
 
 
 def mosaic(world: World) -> np.ndarray:
@@ -275,11 +269,6 @@ def test_the_network_improved_on_the_ridge_it_started_from(small_run):
     metrics = small_run.metrics()
     ridge = metrics["baselines"]["ridge"]["validation"]["rmse"]
     assert metrics["model"]["validation"]["rmse"] <= ridge
-
-
-def same_map(region: Any, other: Any) -> None:
-    """Bit for bit."""
-    np.testing.assert_array_equal(arrays(region.heights)["height"], arrays(other.heights)["height"])
 
 
 def test_other_shards_give_the_same_bits_and_other_threads_the_same_heights(

@@ -44,13 +44,23 @@ def _matches(href: str) -> list[str]:
         if not href.endswith("/"):
             return [href]
         keys = Store.at(href).keys()
-        return sorted(href + key for key in keys if key.lower().endswith(_RASTERS))
+        return _without_doubles([href + key for key in keys if key.lower().endswith(_RASTERS)])
     path = Path(href)
     if path.is_dir():
-        return sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in _RASTERS)
+        return _without_doubles([str(p) for p in path.rglob("*") if p.suffix.lower() in _RASTERS])
     if path.exists():
         return [href]
     return sorted(glob.glob(href, recursive=True))  # noqa: PTH207 (an absolute pattern)
+
+
+def _without_doubles(hrefs: list[str]) -> list[str]:
+    """Sorted, without a .vrt that only turns the raster of the same name beside it."""
+    rasters = {href.rpartition(".")[0] for href in hrefs if not href.lower().endswith(".vrt")}
+    return sorted(
+        href
+        for href in hrefs
+        if not href.lower().endswith(".vrt") or href.rpartition(".")[0] not in rasters
+    )
 
 
 @contextmanager

@@ -116,7 +116,12 @@ def _header(href: str, nodata: float | None, key: str) -> Raster:
         if problem := _problem(dataset):
             raise InputError(f"{key}: {href}: {problem}")
         transform, (west, one, east, other) = dataset.transform, dataset.bounds
-        declared = dataset.nodata if nodata is None else nodata
+        declared = dataset.nodata if dataset.nodata is not None else nodata
+        if nodata is not None and declared != nodata:
+            raise InputError(
+                f"{key}: {href} declares {declared:g} as its missing-value, `nodata` says "
+                f"{nodata:g}; leave `nodata` out, or mend the file (gdal_edit.py -a_nodata)"
+            )
         return Raster(
             href,
             crs_name(dataset.crs),
@@ -274,7 +279,7 @@ def _warp(raster: Raster, grid: Grid, cover: Region, how: Resampling) -> NDArray
     with opened(raster.href) as dataset:
         if problem := _problem(dataset):
             raise InputError(f"{raster.href}: {problem}")
-        missing = dataset.nodata if raster.nodata is None else raster.nodata
+        missing = dataset.nodata if dataset.nodata is not None else raster.nodata
         for cell in tile(cover.shape, _CELL):
             place = Region(cover.row + cell.row, cover.col + cell.col, *cell.shape)
             target = grid.part(place)

@@ -22,6 +22,8 @@ from aeheight.sources.files import find_files, geometry_problem, opened
 from aeheight.windows import Region, whole
 
 _FLOATS = ("float32", "float64")
+_STRIP = 256
+"""Rows of a float export that are held at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,22 +87,23 @@ def scan_tiles(settings: RegionSettings) -> list[EmbeddingTile]:
             f"embeddings.source {wanted.source!r} cannot be read yet; download the tiles and "
             "give them with source: cog"
         )
-    tiles = [
-        tile
-        for href in find_files(settings, wanted.href, "embeddings")
-        for tile in _scan_tile(href, wanted.years)
-    ]
-    have = sorted({tile.year for tile in tiles})
-    if missing := sorted(set(wanted.years) - set(have)):
+    hrefs = find_files(settings, wanted.href, "embeddings")
+    named = {href: parse_tile_name(Path(href).as_posix()).year for href in hrefs}
+    have = {year for known in named.values() for year in ([known] if known else wanted.years)}
+    if missing := sorted(set(wanted.years) - have):
         raise InputError(
-            f"embeddings.year: no tile of {missing} among {wanted.href!r}; there are {have}"
+            f"embeddings.year: no tile of {missing} among {wanted.href!r}; there are {sorted(have)}"
         )
-    return [tile for tile in tiles if tile.year in wanted.years]
+    return [
+        tile
+        for href in hrefs
+        if named[href] is None or named[href] in wanted.years
+        for tile in _scan_tile(href, named[href], wanted.years)
+    ]
 
 
-def _scan_tile(href: str, years: tuple[int, ...]) -> list[EmbeddingTile]:
+def _scan_tile(href: str, named: int | None, years: tuple[int, ...]) -> list[EmbeddingTile]:
     """The tile, once for every year that it may stand for."""
-    named = parse_tile_name(Path(href).as_posix()).year
     if named is None and len(years) > 1:
         raise InputError(
             f"{href}: its path names no year, and the settings ask for {list(years)}; lay the "
@@ -227,19 +230,29 @@ def _read(tile: EmbeddingTile, part: Region) -> NDArray[np.int8]:
     """Codes of a part of one tile, north-up; `part` counts from its north-western corner."""
     row = tile.grid.shape[0] - part.bottom if tile.bottom_up else part.row
     with opened(tile.href) as dataset:
-        values = dataset.read(window=Window(part.col, row, part.width, part.height))
-        declared = dataset.nodata
-    if tile.dtype in _FLOATS:
-        if declared is not None and not np.isnan(declared):
-            values[:, (values == declared).any(axis=0)] = np.nan
-        strange = values[np.abs(values) > 1]
-        if strange.size:
-            raise InputError(
-                f"{tile.href}: values like {strange[0]:g} lie outside -1 to 1; if that is the "
-                "missing-value, declare it in the file (gdal_edit.py -a_nodata); codes must be int8"
-            )
-        values = encode(values)
+        if tile.dtype in _FLOATS:
+            values = np.empty((BANDS, *part.shape), dtype=np.int8)
+            for first in range(0, part.height, _STRIP):  # floats of a whole shard would be 8 times
+                strip = Window(part.col, row + first, part.width, min(_STRIP, part.height - first))
+                values[:, first : first + _STRIP] = _quantised(
+                    dataset.read(window=strip), dataset.nodata, tile.href
+                )
+        else:
+            values = dataset.read(window=Window(part.col, row, part.width, part.height))
     missing = (values == NODATA).any(axis=0)
     values[:, missing] = NODATA
     codes: NDArray[np.int8] = values[:, ::-1] if tile.bottom_up else values
     return codes
+
+
+def _quantised(values: NDArray[np.floating], declared: float | None, href: str) -> NDArray[np.int8]:
+    """The codes of a float export: exact, since it holds nothing but decoded codes."""
+    if declared is not None and not np.isnan(declared):
+        values[:, (values == declared).any(axis=0)] = np.nan
+    strange = values[np.abs(values) > 1]
+    if strange.size:
+        raise InputError(
+            f"{href}: values like {strange[0]:g} lie outside -1 to 1; if that is the "
+            "missing-value, declare it in the file (gdal_edit.py -a_nodata); codes must be int8"
+        )
+    return encode(values)

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aeheight.cluster import Outcome
-from aeheight.cube import Shard, Template, Tree, checksum, open_tree
-from aeheight.errors import InputError
+from aeheight.cube import Shard, Template, Tree, checksum, find, open_tree
+from aeheight.errors import InputError, NotYetError
 from aeheight.grid import Grid
 from aeheight.metrics import Scatter, Stats, dump
 from aeheight.models import Checkpoint
@@ -21,7 +21,7 @@ from aeheight.receipts import Ledger, Receipt, receipt_for
 from aeheight.steps.predict import MODEL
 from aeheight.steps.run import Plan, Run, carry_out
 from aeheight.steps.split import record_split, split_fingerprint
-from aeheight.steps.summary import summarise, thin
+from aeheight.steps.summary import REPORT, part_key, summarise, thin
 from aeheight.store import Store
 from aeheight.windows import Region
 
@@ -36,7 +36,7 @@ def plan(run: Run) -> Plan:
         InputError: the region has no height, or there is no cube yet.
     """
     _need_height(run)
-    cube = run.open_cube().template
+    cube = run.whole_cube().template
     shards = _shards(cube)
     per_pixel = 64 + 4 * sum(layer.dtype == "float32" for layer in cube.layers) + 5
     return Plan(
@@ -44,7 +44,7 @@ def plan(run: Run) -> Plan:
         {
             "year": cube.years[0],
             "shards": len(shards),
-            "pending": len(run.ledger("report").pending(shards)),
+            "pending": run.left("report", shards),
             "bytes_to_read": per_pixel * sum(shard.region.size for shard in shards),
             "peak_worker_bytes": 300_000_000 + cube.cut.shard**2 * 250,
         },
@@ -69,7 +69,8 @@ def execute(run: Run) -> Outcome:
             another split of this ground.
     """
     _need_height(run)
-    cube, checkpoint = run.open_cube(), _whole_map(run)
+    cube = run.whole_cube()
+    checkpoint = _whole_map(run, cube)
     trained = checkpoint.provenance
     if trained.cube == cube.identity and trained.split != split_fingerprint(run.settings):
         raise InputError(
@@ -78,13 +79,13 @@ def execute(run: Run) -> Outcome:
         )
     ledger = run.ledger("report")
     if run.options.overwrite:
-        ledger.store.remove()
-        run.report.remove()
-        run.ledger("split").discard()
+        run.discard(ledger.store, run.ledger("split").store)
+        for name in REPORT:
+            run.report.remove(name)
     split = record_split(run)
     edges = _height_edges(run, cube.template)
     heights = open_tree(run.heights)
-    key = ledger.begin(
+    ledger = ledger.begin(
         {
             "heights": heights.identity,
             "checkpoint": checkpoint.digest,
@@ -100,34 +101,36 @@ def execute(run: Run) -> Outcome:
         heights.identity,
         run.ledger("heights").store.uri,
         ledger.store.uri,
-        key,
+        ledger.key,
         edges,
     )
     shards = _shards(cube.template)
-    outcome = carry_out(run, "evaluate", ledger, shards, task, key)
+    outcome = carry_out(run, "evaluate", ledger, shards, task)
     if not outcome.failed and (outcome.done or not run.report.exists("index.html")):
         summarise(run, cube.template, shards, checkpoint, edges, SLOPES)
     return outcome
 
 
-def _whole_map(run: Run) -> Checkpoint:
-    """The checkpoint of a map that is complete."""
+def _whole_map(run: Run, cube: Tree) -> Checkpoint:
+    """The checkpoint of a map that is complete, and of this very cube."""
     ledger = run.ledger("heights")
-    try:
-        left = ledger.pending(open_tree(run.heights).template.shards("height"))
-        checkpoint = Checkpoint.from_bytes(ledger.store.read(MODEL))
-    except (InputError, FileNotFoundError) as error:
+    settings = ledger.settings()
+    if settings is None or find(run.heights) is None:
+        raise NotYetError(f"there is no map at {run.heights.uri} yet; run aeheight predict")
+    if settings["cube"] != cube.identity:
         raise InputError(
-            f"there is no map at {run.heights.uri} yet; run aeheight predict"
-        ) from error
-    if left:
-        raise InputError(f"{len(left)} shards of the map are missing; run aeheight predict again")
-    return checkpoint
+            f"{run.heights.uri} is the map of an older cube: the cube was made anew since; run "
+            "aeheight predict --overwrite"
+        )
+    if left := ledger.pending(open_tree(run.heights).template.shards("height")):
+        raise NotYetError(f"{len(left)} shards of the map are missing; run aeheight predict")
+    return Checkpoint.from_bytes(ledger.store.read(MODEL))
 
 
 def _height_edges(run: Run, cube: Template) -> tuple[float, ...]:
     """Round class edges, at most ten classes, that span the reference; metres."""
-    receipts = [run.ledger("cube").receipt(shard.name) for shard in cube.shards("height")]
+    ledger = run.ledger("cube").current()
+    receipts = [ledger.receipt(shard.name) for shard in cube.shards("height")]
     lows = [r.minimum for r in receipts if r.minimum is not None]
     highs = [r.maximum for r in receipts if r.maximum is not None]
     return round_edges(min(lows), max(highs)) if lows else (0.0, 1.0)
@@ -174,7 +177,7 @@ class SumUp:
             sums |= ground.classes(name, values, edges)
         data = _pack(sums, ground, thin(grid.shape), shard.region)
         ledger = Ledger(Store(self.ledger))
-        ledger.store.write(part_key(shard), data)
+        ledger.store.write(part_key(self.key, shard), data)
         receipt = receipt_for(
             shard,
             ground.predicted,
@@ -191,11 +194,6 @@ class SumUp:
 def _opened(cube: str, heights: str, _identity: str, ledger: str) -> tuple[Tree, Tree, Checkpoint]:
     checkpoint = Checkpoint.from_bytes(Store(ledger).read(MODEL))
     return open_tree(Store(cube)), open_tree(Store(heights)), checkpoint
-
-
-def part_key(shard: Shard) -> str:
-    """Where the sums of a shard lie, beside its receipt."""
-    return f"{shard.name}.npz"
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,11 +216,12 @@ class _Ground:
         baselines = {"mean": np.full_like(ridge, checkpoint.ridge.mean), "ridge": ridge}
         if any(layer.name == "prior" for layer in cube.template.layers):
             baselines["prior"] = cube.read(group, "prior", None, region)
+        predicted = heights.read(group, "height", year, region)
         for values in baselines.values():  # judged on the model's ground, to be comparable
-            values[np.isnan(ridge)] = np.nan
+            values[np.isnan(predicted)] = np.nan
         return cls(
             reference,
-            heights.read(group, "height", year, region),
+            predicted,
             cube.read(group, "split", None, region),
             slope(around, *_pixel(cube.template.grid(group), region)),
             baselines,

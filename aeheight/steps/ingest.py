@@ -16,7 +16,7 @@ from aeheight.grid import Grid
 from aeheight.receipts import Ledger, Receipt, receipt_for
 from aeheight.settings import HeightSettings, RegionSettings
 from aeheight.sources import Sources, read_embeddings, read_heights, scan
-from aeheight.steps.run import Plan, Run, carry_out
+from aeheight.steps.run import Plan, Run, carry_out, cube_settings, cube_shards
 from aeheight.store import Store
 
 _SOURCES = "sources.json"
@@ -79,8 +79,7 @@ def _about(name: str, wanted: HeightSettings) -> dict[str, Any]:
 
 def begun_with(settings: RegionSettings, grid: Grid) -> dict[str, Any]:
     """The settings that the cube's receipts hold on to."""
-    wanted = settings.model_dump(mode="json", include={"embeddings", "height", "prior", "cube"})
-    return wanted | {
+    return cube_settings(settings) | {
         "grid": {"crs": grid.crs, "resolution": grid.resolution, "bounds": list(grid.bounds)}
     }
 
@@ -93,8 +92,7 @@ def plan(run: Run) -> Plan:
     """
     grid, sources = scan(run.settings)
     made = template(run.settings, grid)
-    shards = _shards(made)
-    pending = run.ledger("cube").pending(shards)
+    shards = cube_shards(made)
     edge = made.cut.shard
     written = sum(_shard_bytes(made, shard) for shard in shards)
     return Plan(
@@ -110,16 +108,12 @@ def plan(run: Run) -> Plan:
             "height_rasters": len(sources.height.rasters) if sources.height else 0,
             "prior_rasters": len(sources.prior.rasters) if sources.prior else 0,
             "shards": len(shards),
-            "pending": len(pending),
+            "pending": run.left("cube", shards),
             "shard_px": edge,
             "raw_bytes": written,
             "peak_worker_bytes": 3 * embeddings.BANDS * edge**2 + 300_000_000,
         },
     )
-
-
-def _shards(made: Template) -> list[Shard]:
-    return [s for layer in made.layers if layer.name != "split" for s in made.shards(layer.name)]
 
 
 def _shard_bytes(made: Template, shard: Shard) -> int:
@@ -137,14 +131,14 @@ def execute(run: Run) -> Outcome:
     made = template(run.settings, grid)
     ledger = run.ledger("cube")
     if run.options.overwrite:
-        for place in (ledger.store, run.ledger("split").store, run.cube):
-            place.remove()
+        run.discard(ledger.store, run.ledger("split").store, run.cube)
     tree = create(run.cube, made)
-    key = ledger.begin(begun_with(run.settings, grid) | {"cube_identity": tree.identity})
-    if ledger.pending(_shards(made)):
+    ledger = ledger.begin(begun_with(run.settings, grid) | {"cube_identity": tree.identity})
+    shards = cube_shards(made)
+    if ledger.pending(shards):
         _hold_sources(ledger, sources)
-    task = Ingest(run.cube.uri, tree.identity, ledger.store.uri, key)
-    outcome = carry_out(run, "ingest", ledger, _shards(made), task, key)
+    task = Ingest(run.cube.uri, tree.identity, ledger.store.uri, ledger.key)
+    outcome = carry_out(run, "ingest", ledger, shards, task)
     if not outcome.failed:
         _refuse_empty(ledger, made)
     return outcome

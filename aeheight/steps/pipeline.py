@@ -1,46 +1,68 @@
 """The steps in order: run, plan, status, verify."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 from aeheight.cluster import Outcome
 from aeheight.cube import Template, Tree, find, open_tree
-from aeheight.errors import InputError
+from aeheight.errors import InputError, NotYetError
 from aeheight.receipts import Damage, Ledger
 from aeheight.receipts import verify as verify_tree
-from aeheight.steps import evaluate, ingest, predict, train
-from aeheight.steps.run import Run
-from aeheight.steps.split import record_split
+from aeheight.steps.run import BEST, Run
 
 Say = Callable[[dict[str, Any], list[str]], None]
 """Takes the facts for machines and the lines for people."""
 
-_STEPS: Mapping[str, ModuleType] = {
-    "ingest": ingest,
-    "train": train,
-    "predict": predict,
-    "evaluate": evaluate,
-}
+STEPS = ("ingest", "train", "predict", "evaluate")
+
+
+def _step(name: str) -> ModuleType:
+    """A step's module, loaded when it is needed: `status` and `verify` need no PyTorch."""
+    return import_module(f"aeheight.steps.{name}")
 
 
 def steps_of(run: Run, verb: str) -> list[str]:
-    """The steps that a verb stands for."""
+    """The steps that a verb stands for.
+
+    Raises:
+        InputError: a run that would find itself without a model after it has ingested.
+    """
     if verb != "run":
         return [verb]
-    if run.settings.height is None:
-        return ["ingest", "predict"]
-    if run.options.checkpoint is not None:
-        return ["ingest", "predict", "evaluate"]
-    return list(_STEPS)
+    if run.options.checkpoint is None:
+        if run.settings.height is None:
+            raise InputError(
+                "the region has no `height` to train a model on; name a reference height model, "
+                "or a model trained elsewhere with --checkpoint"
+            )
+        return list(STEPS)
+    _step("train").load_checkpoint(run)
+    return ["ingest", "predict"] + ["evaluate"] * (run.settings.height is not None)
+
+
+def _check(run: Run, steps: Sequence[str]) -> None:
+    """Meet what is wrong with later steps before the first begins.
+
+    Raises:
+        InputError: an unknown encoder, a split's file, or windows that do not fit the network.
+    """
+    if "train" in steps:
+        import_module("aeheight.models").build(run.settings.model)
+        _step("split").split_settings(run.settings)
+        if "predict" in steps and run.settings.model.architecture != "ridge":
+            _step("predict").check_windows(run.settings.predict)
 
 
 def show_plans(run: Run, steps: Sequence[str], say: Say) -> int:
     """Print the plan of every step, as far as what it needs is there."""
+    _check(run, steps)
     for number, step in enumerate(steps):
         try:
-            plan = _STEPS[step].plan(run)
-        except InputError as error:
+            plan = _step(step).plan(run)
+        except NotYetError as error:
             if number == 0:
                 raise
             say({"step": step, "waits": str(error)}, [step, f"  not yet: {error}"])
@@ -56,8 +78,9 @@ def execute(run: Run, steps: Sequence[str], say: Say) -> int:
         The exit code: 0 done, 1 failed shards.
     """
     with run.held(), run.connection:
+        _check(run, steps)
         for step in steps:
-            outcome: Outcome = _STEPS[step].execute(run)
+            outcome: Outcome = _step(step).execute(run)
             say(
                 {
                     "step": step,
@@ -112,10 +135,13 @@ def status(run: Run, say: Say) -> int:
     for label, tree, ledger, layers in _ledgers(run):
         if layers:
             rows.append((label, *_progress(tree.template, ledger, layers)))
-    trained = int(run.model.exists(train.BEST))
-    reported = int(run.report.exists("metrics.json"))
+    cube, heights = (find(store) or {} for store in (run.cube, run.heights))
+    trained = _made(run.model.exists(BEST), Ledger(run.model), "cube", cube)
+    reported = _made(run.report.exists("metrics.json"), run.ledger("report"), "heights", heights)
+    if (run.ledger("heights").settings() or {}).get("cube") != cube.get("identity"):
+        rows = [(label, 0 if label == "predict" else done, total) for label, done, total in rows]
     rows += [("train", trained, 1), ("evaluate", reported, 1)]
-    order = [*_STEPS]
+    order = [*STEPS]
     order.insert(1, "split")
     known = {label: (done, total) for label, done, total in rows}
     facts = {
@@ -128,6 +154,12 @@ def status(run: Run, say: Say) -> int:
         + [_status_line(s, known.get(s)) for s in order],
     )
     return 0
+
+
+def _made(there: bool, ledger: Ledger, source: str, found: Mapping[str, Any]) -> int:
+    """1 for a result that is there and was made from the cube or map that is there now."""
+    recorded = (ledger.settings() or {}).get(source)
+    return int(there and recorded == found.get("identity"))
 
 
 def _progress(template: Template, ledger: Ledger, layers: list[str]) -> tuple[int, int]:
@@ -180,5 +212,8 @@ def verify(run: Run, say: Say, *, repair: bool) -> int:
             for damage in damaged.get(label, []):
                 ledger.forget(damage.shard)
         if "split" in damaged:
-            record_split(run)
-    return execute(run, [step for step in _STEPS if step in damaged], say)
+            _step("split").record_split(run)
+    if "predict" in damaged:  # with the very model that the map was made with
+        model = f"{run.ledger('heights').store.uri}/{_step('predict').MODEL}"
+        run = replace(run, options=replace(run.options, checkpoint=model))
+    return execute(run, [step for step in STEPS if step in damaged], say)

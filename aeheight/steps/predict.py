@@ -56,7 +56,7 @@ def plan(run: Run) -> Plan:
     Raises:
         InputError: no cube, no checkpoint, or windows that do not fit the model.
     """
-    cube, checkpoint = run.open_cube(), load_checkpoint(run)
+    cube, checkpoint = run.whole_cube(), load_checkpoint(run)
     _check(run, cube, checkpoint)
     made, settings = template(cube.template, checkpoint), run.settings.predict
     shards = made.shards("height")
@@ -71,7 +71,7 @@ def plan(run: Run) -> Plan:
             "model": checkpoint.model.architecture,
             "checkpoint": checkpoint.digest[:16],
             "shards": len(shards),
-            "pending": len(run.ledger("heights").pending(shards)),
+            "pending": run.left("heights", shards),
             "windows": windows,
             "window_px": settings.window,
             "halo_px": settings.halo,
@@ -86,15 +86,24 @@ def plan(run: Run) -> Plan:
     )
 
 
-def _check(run: Run, cube: Tree, checkpoint: Checkpoint) -> None:
-    settings = run.settings.predict
+def check_windows(settings: PredictSettings) -> None:
+    """Refuse windows that a network would see in different ways.
+
+    Raises:
+        InputError: window or stride is no multiple of the network's stride.
+    """
     stride = lattice(settings, (1, 1)).stride
-    if checkpoint.weights and (stride % STRIDE or settings.window % STRIDE):
+    if stride % STRIDE or settings.window % STRIDE:
         raise InputError(
             f"predict: window {settings.window} and its stride (window - 2*halo - blend = {stride})"
             f" must be multiples of {STRIDE}, the network's own stride: elsewhere the same ground "
             "gives other heights; for example window 256 with halo 64"
         )
+
+
+def _check(run: Run, cube: Tree, checkpoint: Checkpoint) -> None:
+    if checkpoint.weights:
+        check_windows(run.settings.predict)
     if checkpoint.base == "prior" and not any(
         layer.name == "prior" for layer in cube.template.layers
     ):
@@ -110,14 +119,13 @@ def execute(run: Run) -> Outcome:
     Raises:
         InputError: see `plan`; or another model or other settings than those the map began with.
     """
-    cube, checkpoint = run.open_cube(), load_checkpoint(run)
+    cube, checkpoint = run.whole_cube(), load_checkpoint(run)
     _check(run, cube, checkpoint)
     made, ledger = template(cube.template, checkpoint), run.ledger("heights")
     if run.options.overwrite:
-        for place in (ledger.store, run.heights):
-            place.remove()
+        run.discard(ledger.store, run.heights)
     tree = create(run.heights, made)
-    key = ledger.begin(
+    ledger = ledger.begin(
         {
             "predict": run.settings.predict.model_dump(mode="json"),
             "checkpoint": checkpoint.digest,
@@ -128,9 +136,14 @@ def execute(run: Run) -> Outcome:
     if not ledger.store.exists(MODEL):
         ledger.store.write(MODEL, checkpoint.to_bytes())
     task = Predict(
-        cube.store.uri, tree.store.uri, tree.identity, ledger.store.uri, key, run.settings.predict
+        cube.store.uri,
+        tree.store.uri,
+        tree.identity,
+        ledger.store.uri,
+        ledger.key,
+        run.settings.predict,
     )
-    return carry_out(run, "predict", ledger, made.shards("height"), task, key)
+    return carry_out(run, "predict", ledger, made.shards("height"), task)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from aeheight.cluster import Connection, Outcome, Progress, Task, run_shards
-from aeheight.cube import Shard, Tree, open_tree
-from aeheight.errors import InputError
+from aeheight.cube import Shard, Template, Tree, find, open_tree
+from aeheight.errors import InputError, NotYetError
 from aeheight.receipts import Ledger, lease
-from aeheight.settings import RegionSettings
+from aeheight.settings import RegionSettings, differences
 from aeheight.store import Store
+
+BEST = "best.ckpt"
+"""The trained checkpoint, under `model`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +70,44 @@ class Run:
         """The receipts of `cube`, `split`, `heights` or `report`."""
         return Ledger(self.store.child(f"{name}.receipts"))
 
+    def left(self, name: str, shards: Sequence[Shard]) -> int:
+        """How many shards a plan has before it: all of them where they are to be overwritten."""
+        return len(shards if self.options.overwrite else self.ledger(name).pending(shards))
+
     def open_cube(self) -> Tree:
-        """The ingested cube.
+        """The ingested cube, whole or not.
 
         Raises:
-            InputError: there is none yet.
+            NotYetError: there is none yet.
         """
-        try:
-            return open_tree(self.cube)
-        except InputError as error:
-            raise InputError(f"{error} (aeheight ingest)") from error
+        if find(self.cube) is None:
+            raise NotYetError(f"there is no cube at {self.cube.uri} yet; run aeheight ingest")
+        return open_tree(self.cube)
+
+    def whole_cube(self) -> Tree:
+        """The ingested cube, with every shard in it.
+
+        Raises:
+            NotYetError: there is none yet, or shards of it are missing.
+            InputError: the region file has changed since.
+        """
+        tree, ledger = self.open_cube(), self.ledger("cube")
+        recorded, wanted = ledger.settings() or {}, cube_settings(self.settings)
+        if changed := differences({key: recorded.get(key) for key in wanted}, wanted):
+            raise InputError(
+                f"{self.cube.uri} was made with other settings:\n  "
+                + "\n  ".join(changed)
+                + "\nset them back, or run aeheight ingest --overwrite to make it anew"
+            )
+        if left := ledger.pending(cube_shards(tree.template)):
+            raise NotYetError(f"{len(left)} shards of the cube are missing; run aeheight ingest")
+        return tree
+
+    def discard(self, *places: Store) -> None:
+        """Remove what `--overwrite` replaces, once it is known that the work can begin."""
+        self.connection.client()
+        for place in places:
+            place.remove()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -89,6 +120,17 @@ class Run:
             raise InputError(f"store: {self.store.uri} is a file; name a folder instead")
         with lease(self.store):
             yield
+
+
+def cube_settings(settings: RegionSettings) -> dict[str, Any]:
+    """The settings that a cube depends on, besides its grid."""
+    return settings.model_dump(mode="json", include={"embeddings", "height", "prior", "cube"})
+
+
+def cube_shards(template: Template) -> list[Shard]:
+    """The shards that ingest writes: all but the split's."""
+    layers = [layer.name for layer in template.layers if layer.name != "split"]
+    return [shard for layer in layers for shard in template.shards(layer)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +178,7 @@ def human_bytes(count: int) -> str:
     return f"{size:.3g} PB"
 
 
-def carry_out(
-    run: Run, step: str, ledger: Ledger, shards: Sequence[Shard], task: Task, key: str
-) -> Outcome:
+def carry_out(run: Run, step: str, ledger: Ledger, shards: Sequence[Shard], task: Task) -> Outcome:
     """Run a task over the shards that have no receipt yet.
 
     Args:
@@ -147,12 +187,11 @@ def carry_out(
         ledger: knows what is done.
         shards: all of the step's shards.
         task: makes one shard.
-        key: fingerprint of the settings.
     """
     pending = ledger.pending(shards)
     skipped = len(shards) - len(pending)
     if not pending:
         return Outcome(0, skipped, {}, 0.0, 0)
     progress = Progress(step, len(pending), as_json=run.options.as_json)
-    outcome = run_shards(run.connection.client(), task, pending, key, progress)
+    outcome = run_shards(run.connection.client(), task, pending, progress)
     return replace(outcome, skipped=skipped)

@@ -1,22 +1,40 @@
 """The split, recorded in the cube: for training, and for testing a model trained elsewhere."""
 
 import time
+from math import ceil
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aeheight.cube import Shard, Tree
 from aeheight.errors import InputError
+from aeheight.grid import Grid
 from aeheight.patches import UNUSED, draw_split
 from aeheight.receipts import receipt_for
 from aeheight.settings import RegionSettings, fingerprint
-from aeheight.sources.areas import read_area
+from aeheight.sources.areas import area_touches, read_area, read_shapes
 from aeheight.steps.run import Run
 
 
 def split_fingerprint(settings: RegionSettings) -> str:
     """What a checkpoint remembers of the split that it was trained on."""
-    return fingerprint(settings.split.model_dump(mode="json"))
+    return fingerprint(split_settings(settings))
+
+
+def split_settings(settings: RegionSettings) -> dict[str, Any]:
+    """All that a split depends on besides the grid, with the content of files that it names.
+
+    Raises:
+        InputError: such a file is missing or is no GeoJSON.
+    """
+    wanted = settings.split
+    areas = {"test": wanted.test, "validation": wanted.validation}
+    return wanted.model_dump(mode="json") | {
+        f"{name}_area": fingerprint(read_shapes(settings, area))
+        for name, area in areas.items()
+        if isinstance(area, str)
+    }
 
 
 def record_split(run: Run) -> str:
@@ -35,14 +53,34 @@ def record_split(run: Run) -> str:
             "the region has no `height`, so only ingest and predict are possible; name a "
             "reference height model to train or to evaluate"
         )
-    tree, ledger = run.open_cube(), run.ledger("split")
-    split = run.settings.split.model_dump(mode="json")
-    key = ledger.begin({"split": split, "cube": tree.identity})
+    tree = run.open_cube()
+    for grid in tree.template.grids:
+        _refuse_empty_areas(run.settings, grid)
+    settings = {"split": split_settings(run.settings), "cube": tree.identity}
+    ledger = run.ledger("split").begin(settings)
     for shard in ledger.pending(tree.template.shards("split")):
         started = time.monotonic()
         use = _draw(run, tree, shard)
-        ledger.leave(receipt_for(shard, use, tree.write(shard, use), use != UNUSED, key, started))
+        digest = tree.write(shard, use)
+        ledger.leave(receipt_for(shard, use, digest, use != UNUSED, ledger.key, started))
     return split_fingerprint(run.settings)
+
+
+def _refuse_empty_areas(settings: RegionSettings, grid: Grid) -> None:
+    split = settings.split
+    blocks = ceil(grid.shape[0] / split.block) * ceil(grid.shape[1] / split.block)
+    for name, wanted in (("test", split.test), ("validation", split.validation)):
+        if isinstance(wanted, float | int):
+            if wanted and not round(wanted * blocks):
+                raise InputError(
+                    f"split.{name}: {wanted:g} of {blocks} blocks rounds to none; make split.block "
+                    f"({split.block} px) smaller"
+                )
+        elif not area_touches(settings, wanted, grid):
+            raise InputError(
+                f"split.{name}: {wanted!r} holds no ground of the grid {list(grid.bounds)}; bounds "
+                f"are in its CRS ({grid.crs}), GeoJSON in degrees"
+            )
 
 
 def _draw(run: Run, tree: Tree, shard: Shard) -> NDArray[np.uint8]:

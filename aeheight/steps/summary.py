@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,15 +13,18 @@ from numpy.typing import NDArray
 
 from aeheight import embeddings
 from aeheight.cube import Shard, Template
+from aeheight.errors import InputError
 from aeheight.metrics import Scatter, Stats, load, merge_tables
 from aeheight.models import Checkpoint
 from aeheight.patches import USES
-from aeheight.receipts import versions
-from aeheight.report import Maps, Report, render
+from aeheight.receipts import Ledger, versions
+from aeheight.report import Maps, Report, judged_split, render
 from aeheight.steps.run import Run
 from aeheight.windows import Region, Shape
 
 SPLITS = (*USES, "all")
+REPORT = ("index.html", "metrics.json", "metrics.csv")
+"""What `summarise` writes under `report`."""
 MAP_PIXELS = 600
 """The longer edge of a map in the report is at most this."""
 _ARCHITECTURES = {"ridge": "Ridge", "unet": "U-Net", "unetplusplus": "U-Net++"}
@@ -45,12 +50,12 @@ def summarise(
         height_edges: class edges in metres.
         slope_edges: class edges in degrees.
     """
-    store = run.ledger("report").store
+    ledger = run.ledger("report").current()
     tables, pictures = [], []
     for shard in sorted(shards, key=lambda shard: shard.name):
-        with np.load(io.BytesIO(store.read(f"{shard.name}.npz")), allow_pickle=False) as part:
-            tables.append(load(part["sums"].tobytes()))
-            pictures.append((shard, {key: part[key] for key in ("reference", "predicted", "use")}))
+        arrays = _read_part(ledger, shard)
+        tables.append(load(arrays.pop("sums").tobytes()))
+        pictures.append((shard, arrays))
     sums = merge_tables(tables)
     metrics = _metrics(run, cube, sums, checkpoint, {"slope": slope_edges, "height": height_edges})
     text = json.dumps(metrics, indent=1, allow_nan=False)
@@ -58,6 +63,22 @@ def summarise(
     run.report.write("metrics.csv", _csv(metrics))
     page = render(_report(run, cube, sums, checkpoint, metrics, pictures))
     run.report.write("index.html", page.encode())
+
+
+def part_key(key: str, shard: Shard) -> str:
+    """Where the sums of a shard lie, beside its receipt; `key` is the ledger's."""
+    return f"{key}/{shard.name}.npz"
+
+
+def _read_part(ledger: Ledger, shard: Shard) -> dict[str, NDArray[Any]]:
+    key = part_key(ledger.key, shard)
+    try:
+        with np.load(io.BytesIO(ledger.store.read(key)), allow_pickle=False) as part:
+            return {name: part[name] for name in part.files}
+    except (ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(
+            f"{ledger.store.uri}/{key} is damaged ({error}); run aeheight evaluate --overwrite"
+        ) from error
 
 
 def _metrics(
@@ -129,7 +150,9 @@ def _provenance(run: Run, cube: Template, checkpoint: Checkpoint) -> dict[str, A
             "trained_on_split": checkpoint.provenance.split,
             "trained_by_version": checkpoint.provenance.code_version,
         },
-        "settings": settings.model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json")
+        | {"model": checkpoint.model.model_dump(mode="json")}
+        | {"predict": (run.ledger("heights").settings() or {}).get("predict")},
         "versions": versions(),
         "definitions": "d = predicted - reference; std with ddof 0; LE90 = P90 of |d|",
     }
@@ -156,7 +179,7 @@ def _report(
     metrics: Mapping[str, Any],
     pictures: Sequence[tuple[Shard, Mapping[str, NDArray[Any]]]],
 ) -> Report:
-    judged = next((s for s in ("test", "validation", "all") if metrics["model"][s]["n"]), "all")
+    judged = judged_split(metrics["model"])
     stats, scatter = sums[f"model/{judged}"], sums[f"scatter/{judged}"]
     assert isinstance(stats, Stats)
     assert isinstance(scatter, Scatter)
@@ -216,7 +239,8 @@ def _cost(run: Run) -> dict[str, dict[str, float | None]]:
     """Worker seconds and pixels a worker second of each step, from the receipts."""
     cost: dict[str, dict[str, float | None]] = {}
     for step, ledger in (("ingest", "cube"), ("predict", "heights"), ("evaluate", "report")):
-        receipts = [run.ledger(ledger).receipt(name) for name in run.ledger(ledger).done()]
+        current = run.ledger(ledger).current()
+        receipts = [current.receipt(name) for name in current.done()]
         seconds = sum(receipt.seconds for receipt in receipts)
         pixels = sum(receipt.pixels for receipt in receipts)
         cost[step] = {
@@ -233,8 +257,10 @@ def _notes(run: Run, checkpoint: Checkpoint) -> list[str]:
     assert height is not None
     if checkpoint.provenance.cube != run.open_cube().identity:
         notes.append(
-            "The model was trained elsewhere: no ground of this region trained it, whatever its "
-            "split says, and the mean and ridge baselines are those of its training ground."
+            "The model was trained on another cube: the split shown here is this region's, not the "
+            "one it was trained with. Where that cube holds ground of this region, its test pixels "
+            "may have been training pixels. The mean and ridge baselines are those of its training "
+            "ground."
         )
     if checkpoint.base == "prior":
         notes.append(

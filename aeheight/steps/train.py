@@ -9,15 +9,14 @@ from typing import Any
 
 from aeheight import __version__, embeddings
 from aeheight.cluster import Outcome, clock
-from aeheight.errors import InputError
-from aeheight.models import Checkpoint, Provenance
+from aeheight.errors import InputError, NotYetError
+from aeheight.models import Checkpoint, Provenance, build
 from aeheight.patches import Patches
 from aeheight.receipts import Ledger
-from aeheight.steps.run import Plan, Run
-from aeheight.steps.split import record_split
+from aeheight.steps.run import BEST, Plan, Run
+from aeheight.steps.split import record_split, split_settings
 from aeheight.store import Store
 
-BEST = "best.ckpt"
 _HISTORY = "history.csv"
 
 
@@ -27,8 +26,9 @@ def plan(run: Run) -> Plan:
     Raises:
         InputError: there is no cube yet, or the region has no height.
     """
-    template, model = run.open_cube().template, run.settings.model
     _need_height(run)
+    build(run.settings.model)
+    template, model = run.whole_cube().template, run.settings.model
     pixels = sum(grid.shape[0] * grid.shape[1] for grid in template.grids)
     patches = model.patches_per_epoch or max(pixels // model.patch**2, 128)
     sample = model.patch**2 * (embeddings.BANDS + 9)
@@ -43,7 +43,7 @@ def plan(run: Run) -> Plan:
             "patches_per_epoch_at_most": patches,
             "epochs_at_most": model.epochs,
             "bytes_per_patch": sample,
-            "done": run.model.exists(BEST),
+            "done": run.model.exists(BEST) and not run.options.overwrite,
         },
     )
 
@@ -60,18 +60,20 @@ def execute(run: Run) -> Outcome:
         InputError: no ground to train on, or changed settings.
     """
     _need_height(run)
+    tree, settings = run.whole_cube(), run.settings
     if run.options.overwrite:
-        run.model.remove()
+        for name in (BEST, _HISTORY, "settings.json"):
+            run.model.remove(name)
         run.ledger("split").discard()
     split = record_split(run)
-    tree, settings = run.open_cube(), run.settings
     Ledger(run.model).begin(
         {
             "model": settings.model.model_dump(mode="json"),
             "base": settings.base,
             "cube": tree.identity,
-            "split": settings.split.model_dump(mode="json"),
-        }
+            "split": split_settings(settings),
+        },
+        made=run.model.exists(BEST),
     )
     if run.model.exists(BEST):
         return Outcome(0, 1, {}, 0.0, 0)
@@ -91,7 +93,10 @@ def execute(run: Run) -> Outcome:
     model = settings.model
     ground = Patches(tree, model.patch, model.seed, model.patches_per_epoch)
     journal = _Journal(run)
-    checkpoint = fit(ground, model, settings.base, provenance, journal.note)
+    try:
+        checkpoint = fit(ground, model, settings.base, provenance, journal.note)
+    except SystemExit as stopped:  # what Lightning makes of an interrupt
+        raise KeyboardInterrupt from stopped
     run.model.write(_HISTORY, _csv(checkpoint.history))
     run.model.write(BEST, checkpoint.to_bytes())
     seconds = max((record.get("seconds", 0.0) for record in checkpoint.history), default=0.0)
@@ -159,9 +164,9 @@ def load_checkpoint(run: Run) -> Checkpoint:
     try:
         return Checkpoint.from_bytes(folder.read(key))
     except FileNotFoundError as error:
-        hint = (
-            "run aeheight train, or name a model with --checkpoint"
-            if named is None
-            else ("--checkpoint takes a .ckpt file or the store of a run that was trained")
-        )
-        raise InputError(f"there is no checkpoint at {folder.uri}/{key}; {hint}") from error
+        missing = f"there is no checkpoint at {folder.uri}/{key}"
+        if named is None:
+            hint = "run aeheight train, or name a model with --checkpoint"
+            raise NotYetError(f"{missing}; {hint}") from error
+        hint = "--checkpoint takes a .ckpt file, or the store of a run that was trained"
+        raise InputError(f"{missing}; {hint}") from error
