@@ -22,8 +22,11 @@ from aeheight.windows import Region, Shape, tile
 UNUSED, TRAIN, VALIDATION, TEST = 0, 1, 2, 3
 USES = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 
-_FEWEST = 128
+FEWEST = 128
 """Patches an epoch on small ground: with fewer, an epoch is too short a step to judge by."""
+
+CACHE_BYTES = 2**31
+"""Decoded chunks that training keeps in memory."""
 
 Area = float | NDArray[np.bool_]
 """A share of the blocks, or (rows, columns) of the ground that is meant."""
@@ -144,7 +147,7 @@ class Patches:
     seed: int
     per_epoch: int | None = None
     """Patches an epoch; None: as many as cover the training ground once, 128 at least."""
-    cache_bytes: int = 2**31
+    cache_bytes: int = CACHE_BYTES
     """Decoded chunks that are kept in memory."""
     _train: dict[Spot, int] = field(default_factory=dict)
     _validation: dict[Spot, int] = field(default_factory=dict)
@@ -195,7 +198,7 @@ class Patches:
         """
         cells = sorted(self._train, key=lambda spot: (spot.group, spot.year, spot.region))
         counts = np.array([self._train[cell] for cell in cells], dtype=np.float64)
-        wanted = self.per_epoch or max(ceil(counts.sum() / self.edge**2), _FEWEST)
+        wanted = self.per_epoch or max(ceil(counts.sum() / self.edge**2), FEWEST)
         rng = np.random.default_rng([self.seed, number])
         chosen = rng.choice(len(cells), size=wanted, p=counts / counts.sum())
         moves = rng.integers(-(self.edge // 2), self.edge // 2, size=(wanted, 2), endpoint=True)
