@@ -138,7 +138,8 @@ def status(run: Run, say: Say) -> int:
     cube, heights = (find(store) or {} for store in (run.cube, run.heights))
     trained = _made(run.model.exists(BEST), Ledger(run.model), "cube", cube)
     reported = _made(run.report.exists("metrics.json"), run.ledger("report"), "heights", heights)
-    if (run.ledger("heights").settings() or {}).get("cube") != cube.get("identity"):
+    if not _made(True, run.ledger("heights"), "cube", cube):  # a map of an older cube
+        reported = 0
         rows = [(label, 0 if label == "predict" else done, total) for label, done, total in rows]
     rows += [("train", trained, 1), ("evaluate", reported, 1)]
     order = [*STEPS]
