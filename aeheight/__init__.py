@@ -10,6 +10,10 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "decode", "encode", "load_region", "open_cube"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     """Load a name's module when it is first used: `import aeheight` stays quick."""
     from importlib import import_module  # noqa: PLC0415

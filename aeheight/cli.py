@@ -31,10 +31,23 @@ _VERBS = {
 }
 
 
+_EPILOG = """\
+examples:
+  aeheight run region.yaml --plan                     what it would do, and what it costs
+  aeheight run region.yaml                            all steps; again, after an interruption
+  aeheight predict other.yaml --checkpoint runs/demo  a model trained elsewhere
+
+exit codes: 0 done; 1 shards failed, or interrupted: run again to go on; 2 bad input
+"""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command's grammar."""
     parser = argparse.ArgumentParser(
-        prog="aeheight", description="Height maps of whole regions from Earth embeddings."
+        prog="aeheight",
+        description="Height maps of whole regions from Earth embeddings.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"aeheight {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")

@@ -178,6 +178,11 @@ class Progress:
     _started: float = field(default_factory=time.monotonic)
     _shown: float = 0.0
 
+    def begin(self) -> None:
+        """Say what is to be done, before workers have started."""
+        if not self.as_json:
+            print(f"{self.label:9} {self.total} shards to do", file=self.stream, flush=True)
+
     def step(self, pixels: int, *, failed: bool = False) -> None:
         """Count one shard, and show it if the last line is old enough or it is the last shard."""
         self.done += not failed

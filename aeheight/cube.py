@@ -257,7 +257,7 @@ def create(store: Store, template: Template) -> Tree:
         with plain_errors(f"create {store.uri}"):
             _create(store, template)
         return open_tree(store, template)
-    changed = differences(found["template"], template.describe())
+    changed = differences(found["template"] | {"title": template.title}, template.describe())
     if changed:
         raise InputError(
             f"{store.uri} was made with other settings:\n  "

@@ -54,6 +54,8 @@ class Provenance:
     """Such as `AlphaEarth Foundations v1`."""
     code_version: str
     """Version of aeheight that trained it."""
+    pixel_metres: float | None = None
+    """Height of a pixel on the ground, metres; None: unknown."""
 
 
 @dataclass(frozen=True, eq=False)

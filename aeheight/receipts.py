@@ -135,14 +135,32 @@ class Ledger:
         found = self.settings()
         changed = [] if found is None else differences(found, wanted)
         if changed and (bool(self.done()) if made is None else made):
+            self._refuse(changed)
+        if found is None or changed:
+            self.store.write(_SETTINGS, json.dumps(wanted, indent=1, sort_keys=True).encode())
+        return replace(self, key=fingerprint(wanted))
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Refuse what `begin` would refuse, for a plan, which writes nothing.
+
+        Args:
+            settings: some or all of what the result depends on.
+
+        Raises:
+            InputError: there are receipts of other settings; shows what differs.
+        """
+        found = self.settings()
+        if found is not None and self.done():
+            wanted = json.loads(json.dumps(settings))
+            self._refuse(differences({key: found.get(key) for key in wanted}, wanted))
+
+    def _refuse(self, changed: list[str]) -> None:
+        if changed:
             raise InputError(
                 f"{self.store.uri}: begun with other settings:\n  "
                 + "\n  ".join(changed)
                 + "\nset them back, or run that step with --overwrite to make it anew"
             )
-        if found is None or changed:
-            self.store.write(_SETTINGS, json.dumps(wanted, indent=1, sort_keys=True).encode())
-        return replace(self, key=fingerprint(wanted))
 
     def settings(self) -> dict[str, Any] | None:
         """The settings of the receipts, or None before the first."""

@@ -151,6 +151,8 @@ class RegionSettings(_Settings):
     """One run: one region file."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    note: str | None = None
+    """What a reader of the report must know first."""
     store: Annotated[str, Field(min_length=1)]
     """Folder (relative to where the command runs) or URI under which all results lie."""
     grid: GridSettings | None = None

@@ -18,6 +18,7 @@ from aeheight.settings import HeightSettings, RegionSettings
 from aeheight.sources import Sources, read_embeddings, read_heights, scan
 from aeheight.steps.run import Plan, Run, carry_out, cube_settings, cube_shards
 from aeheight.store import Store
+from aeheight.windows import whole
 
 _SOURCES = "sources.json"
 
@@ -94,6 +95,8 @@ def plan(run: Run) -> Plan:
     made = template(run.settings, grid)
     shards = cube_shards(made)
     edge = made.cut.shard
+    if not run.options.overwrite:
+        run.ledger("cube").check(begun_with(run.settings, grid))
     written = sum(_shard_bytes(made, shard) for shard in shards)
     return Plan(
         "ingest",
@@ -105,6 +108,7 @@ def plan(run: Run) -> Plan:
             "bounds": grid.bounds,
             "years": list(made.years),
             "tiles": len(sources.tiles),
+            "covered_by_tiles": f"{100 * _covered(sources, grid):.1f} % of the grid",
             "height_rasters": len(sources.height.rasters) if sources.height else 0,
             "prior_rasters": len(sources.prior.rasters) if sources.prior else 0,
             "shards": len(shards),
@@ -114,6 +118,18 @@ def plan(run: Run) -> Plan:
             "peak_worker_bytes": 3 * embeddings.BANDS * edge**2 + 300_000_000,
         },
     )
+
+
+def _covered(sources: Sources, grid: Grid) -> float:
+    """Share of the grid that lies under some tile, to about a thousandth."""
+    every = max(max(grid.shape) // 1000, 1)
+    under = np.zeros([-(-size // every) for size in grid.shape], dtype=bool)
+    for tile in sources.tiles:
+        if shared := tile.placed(grid).intersect(whole(grid.shape)):
+            rows, cols = shared.slices
+            under[-(-rows.start // every) : -(-rows.stop // every),
+                  -(-cols.start // every) : -(-cols.stop // every)] = True  # fmt: skip
+    return float(under.mean())
 
 
 def _shard_bytes(made: Template, shard: Shard) -> int:

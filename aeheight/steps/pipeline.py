@@ -95,8 +95,21 @@ def execute(run: Run, steps: Sequence[str], say: Say) -> int:
                 return 1
     if "evaluate" in steps:
         page = f"{run.report.uri}/index.html"
-        say({"report": page}, [f"report    {page}"])
+        lines = [*_headline(run.report.read_json("metrics.json")), f"report    {page}"]
+        say({"report": page}, lines)
     return 0
+
+
+def _headline(metrics: Mapping[str, Any]) -> list[str]:
+    """RMSE and R² of the model and the baselines, on test ground where there is any."""
+    split = next((s for s in ("test", "validation") if metrics["model"][s]["n"]), "all")
+    rows = {"model": metrics["model"], **metrics["baselines"]}
+    return [
+        f"{split if name == 'model' else '':9} {name:6} RMSE {row['rmse']:8.2f} m   "
+        f"LE90 {row['le90']:8.2f} m" + ("" if row["r2"] is None else f"   R² {row['r2']:6.3f}")
+        for name, table in rows.items()
+        if (row := table[split])["n"]
+    ]
 
 
 def _told(step: str, outcome: Outcome) -> list[str]:
@@ -144,6 +157,8 @@ def status(run: Run, say: Say) -> int:
     rows += [("train", trained, 1), ("evaluate", reported, 1)]
     order = [*STEPS]
     order.insert(1, "split")
+    if run.settings.height is None:
+        order = ["ingest", "predict"]
     known = {label: (done, total) for label, done, total in rows}
     facts = {
         step: {"done": known[step][0], "total": known[step][1]} if step in known else None

@@ -29,6 +29,10 @@ _NETWORK_BYTES_PER_PIXEL = 2_100
 2,010 on windows of 256 to 1024 px (a U-Net: 1,030)."""
 
 
+_SCALE_LIMIT = 1.5
+"""A model is used on pixels at most this much larger or smaller than those it was trained on."""
+
+
 def lattice(settings: PredictSettings, shape: Shape) -> Lattice:
     """The windows over a whole grid."""
     return Lattice(shape, settings.window, settings.halo, settings.blend)
@@ -58,6 +62,8 @@ def plan(run: Run) -> Plan:
     """
     cube, checkpoint = run.whole_cube(), load_checkpoint(run)
     _check(run, cube, checkpoint)
+    if not run.options.overwrite:
+        run.ledger("heights").check(_begun_with(run, cube, checkpoint))
     made, settings = template(cube.template, checkpoint), run.settings.predict
     shards = made.shards("height")
     lattices = {grid.name: lattice(settings, grid.shape) for grid in made.grids}
@@ -104,6 +110,12 @@ def check_windows(settings: PredictSettings) -> None:
 def _check(run: Run, cube: Tree, checkpoint: Checkpoint) -> None:
     if checkpoint.weights:
         check_windows(run.settings.predict)
+    trained, here = checkpoint.provenance.pixel_metres, cube.template.grids[0].pixel_metres()[0]
+    if trained and not 1 / _SCALE_LIMIT < trained / here < _SCALE_LIMIT:
+        raise InputError(
+            f"the model was trained on pixels of {trained:g} m, this region's are {here:g} m: the "
+            "same window shows other ground; use a model trained at this resolution"
+        )
     if checkpoint.base == "prior" and not any(
         layer.name == "prior" for layer in cube.template.layers
     ):
@@ -111,6 +123,14 @@ def _check(run: Run, cube: Tree, checkpoint: Checkpoint) -> None:
             "the model corrects a prior, and this region has none: give `prior`, or use a model "
             "trained without one"
         )
+
+
+def _begun_with(run: Run, cube: Tree, checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "predict": run.settings.predict.model_dump(mode="json"),
+        "checkpoint": checkpoint.digest,
+        "cube": cube.identity,
+    }
 
 
 def execute(run: Run) -> Outcome:
@@ -125,14 +145,7 @@ def execute(run: Run) -> Outcome:
     if run.options.overwrite:
         run.discard(ledger.store, run.heights)
     tree = create(run.heights, made)
-    ledger = ledger.begin(
-        {
-            "predict": run.settings.predict.model_dump(mode="json"),
-            "checkpoint": checkpoint.digest,
-            "cube": cube.identity,
-            "heights": tree.identity,
-        }
-    )
+    ledger = ledger.begin(_begun_with(run, cube, checkpoint) | {"heights": tree.identity})
     if not ledger.store.exists(MODEL):
         ledger.store.write(MODEL, checkpoint.to_bytes())
     task = Predict(

@@ -193,5 +193,6 @@ def carry_out(run: Run, step: str, ledger: Ledger, shards: Sequence[Shard], task
     if not pending:
         return Outcome(0, skipped, {}, 0.0, 0)
     progress = Progress(step, len(pending), as_json=run.options.as_json)
+    progress.begin()
     outcome = run_shards(run.connection.client(), task, pending, progress)
     return replace(outcome, skipped=skipped)

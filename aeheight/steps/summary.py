@@ -252,7 +252,7 @@ def _cost(run: Run) -> dict[str, dict[str, float | None]]:
 
 
 def _notes(run: Run, checkpoint: Checkpoint) -> list[str]:
-    notes = []
+    notes = [run.settings.note] if run.settings.note else []
     height = run.settings.height
     assert height is not None
     if checkpoint.provenance.cube != run.open_cube().identity:

@@ -13,6 +13,7 @@ from aeheight.errors import InputError, NotYetError
 from aeheight.models import Checkpoint, Provenance, build
 from aeheight.patches import CACHE_BYTES, FEWEST, Patches
 from aeheight.receipts import Ledger
+from aeheight.settings import differences
 from aeheight.steps.run import BEST, Plan, Run
 from aeheight.steps.split import record_split, split_settings
 from aeheight.store import Store
@@ -32,6 +33,15 @@ def plan(run: Run) -> Plan:
     _need_height(run)
     build(run.settings.model)
     template, model = run.whole_cube().template, run.settings.model
+    recorded = Ledger(run.model).settings() or {}
+    wanted = {"model": model.model_dump(mode="json"), "base": run.settings.base}
+    changed = differences({key: recorded.get(key) for key in wanted}, wanted)
+    if changed and run.model.exists(BEST) and not run.options.overwrite:
+        raise InputError(
+            f"{run.model.uri} was trained with other settings:\n  "
+            + "\n  ".join(changed)
+            + "\nset them back, or run aeheight train --overwrite"
+        )
     pixels = sum(grid.shape[0] * grid.shape[1] for grid in template.grids)
     patches = model.patches_per_epoch or max(pixels * len(template.years) // model.patch**2, FEWEST)
     sample = model.patch**2 * (embeddings.BANDS + 9)
@@ -97,6 +107,7 @@ def execute(run: Run) -> Outcome:
         years=tree.template.years,
         embedding_version=embeddings.VERSION,
         code_version=__version__,
+        pixel_metres=tree.template.grids[0].pixel_metres()[0],
     )
     model = settings.model
     ground = Patches(tree, model.patch, model.seed, model.patches_per_epoch)
