@@ -49,9 +49,9 @@ def scan(settings: RegionSettings) -> tuple[Grid, Sources]:
     touching = tuple(tile for tile in tiles if tile.touches(grid))
     if not touching:
         raise InputError(
-            f"no tile touches the grid {list(grid.bounds)} ({grid.crs}); the first of "
-            f"{len(tiles)} covers {list(tiles[0].grid.bounds)} ({tiles[0].grid.crs}); mend grid.crs, grid.bounds "
-            "or the href, or leave grid out"
+            f"no tile touches the grid {list(grid.bounds)} ({grid.crs}); the first of the "
+            f"{len(tiles)} covers {list(tiles[0].grid.bounds)} ({tiles[0].grid.crs}): "
+            "mend grid.crs, grid.bounds or the href, or leave grid out"
         )
     # Every tile is looked at, so that one off the lattice is met now.
     placed = tuple(tile for tile in touching if tile.overlaps(grid))
