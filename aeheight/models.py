@@ -139,7 +139,8 @@ class Checkpoint:
                 "n": self.ridge.n,
             },
             "scale": self.scale,
-            "provenance": asdict(self.provenance),
+            # What an older version did not record is left out: its models keep their digest.
+            "provenance": {k: v for k, v in asdict(self.provenance).items() if v is not None},
         }
         return _canonical(facts)
 
