@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import psutil
@@ -135,32 +135,35 @@ class Ledger:
         found = self.settings()
         changed = [] if found is None else differences(found, wanted)
         if changed and (bool(self.done()) if made is None else made):
-            self._refuse(changed)
+            self._refuse(changed, "run that step with --overwrite")
         if found is None or changed:
             self.store.write(_SETTINGS, json.dumps(wanted, indent=1, sort_keys=True).encode())
         return replace(self, key=fingerprint(wanted))
 
-    def check(self, settings: Mapping[str, Any]) -> None:
-        """Refuse what `begin` would refuse, for a plan, which writes nothing.
+    def check(self, settings: Mapping[str, Any], step: str, *, made: bool | None = None) -> None:
+        """Refuse what `begin` would refuse, without writing: for plans, and for later steps.
 
         Args:
             settings: some or all of what the result depends on.
+            step: the verb that makes it, for the remedy.
+            made: as in `begin`.
 
         Raises:
-            InputError: there are receipts of other settings; shows what differs.
+            InputError: something was made with other settings; shows what differs.
         """
         found = self.settings()
-        if found is not None and self.done():
-            wanted = json.loads(json.dumps(settings))
-            self._refuse(differences({key: found.get(key) for key in wanted}, wanted))
+        if found is None or not (bool(self.done()) if made is None else made):
+            return
+        wanted = json.loads(json.dumps(settings))
+        if changed := differences({key: found.get(key) for key in wanted}, wanted):
+            self._refuse(changed, f"run aeheight {step} --overwrite")
 
-    def _refuse(self, changed: list[str]) -> None:
-        if changed:
-            raise InputError(
-                f"{self.store.uri}: begun with other settings:\n  "
-                + "\n  ".join(changed)
-                + "\nset them back, or run that step with --overwrite to make it anew"
-            )
+    def _refuse(self, changed: list[str], remedy: str) -> NoReturn:
+        raise InputError(
+            f"{self.store.uri}: begun with other settings:\n  "
+            + "\n  ".join(changed)
+            + f"\nset them back, or {remedy} to make it anew"
+        )
 
     def settings(self) -> dict[str, Any] | None:
         """The settings of the receipts, or None before the first."""

@@ -96,7 +96,7 @@ def plan(run: Run) -> Plan:
     shards = cube_shards(made)
     edge = made.cut.shard
     if not run.options.overwrite:
-        run.ledger("cube").check(begun_with(run.settings, grid))
+        run.ledger("cube").check(begun_with(run.settings, grid), "ingest")
     written = sum(_shard_bytes(made, shard) for shard in shards)
     return Plan(
         "ingest",

@@ -101,8 +101,8 @@ def execute(run: Run, steps: Sequence[str], say: Say) -> int:
 
 
 def _headline(metrics: Mapping[str, Any]) -> list[str]:
-    """RMSE and R² of the model and the baselines, on test ground where there is any."""
-    split = next((s for s in ("test", "validation") if metrics["model"][s]["n"]), "all")
+    """The model and the baselines on the split that the page judges by."""
+    split = import_module("aeheight.report").judged_split(metrics["model"])
     rows = {"model": metrics["model"], **metrics["baselines"]}
     return [
         f"{split if name == 'model' else '':9} {name:6} RMSE {row['rmse']:8.2f} m   "

@@ -63,7 +63,7 @@ def plan(run: Run) -> Plan:
     cube, checkpoint = run.whole_cube(), load_checkpoint(run)
     _check(run, cube, checkpoint)
     if not run.options.overwrite:
-        run.ledger("heights").check(_begun_with(run, cube, checkpoint))
+        run.ledger("heights").check(_begun_with(run, cube, checkpoint), "predict")
     made, settings = template(cube.template, checkpoint), run.settings.predict
     shards = made.shards("height")
     lattices = {grid.name: lattice(settings, grid.shape) for grid in made.grids}

@@ -13,7 +13,7 @@ from aeheight.cluster import Connection, Outcome, Progress, Task, run_shards
 from aeheight.cube import Shard, Template, Tree, find, open_tree
 from aeheight.errors import InputError, NotYetError
 from aeheight.receipts import Ledger, lease
-from aeheight.settings import RegionSettings, differences
+from aeheight.settings import RegionSettings
 from aeheight.store import Store
 
 BEST = "best.ckpt"
@@ -92,13 +92,7 @@ class Run:
             InputError: the region file has changed since.
         """
         tree, ledger = self.open_cube(), self.ledger("cube")
-        recorded, wanted = ledger.settings() or {}, cube_settings(self.settings)
-        if changed := differences({key: recorded.get(key) for key in wanted}, wanted):
-            raise InputError(
-                f"{self.cube.uri} was made with other settings:\n  "
-                + "\n  ".join(changed)
-                + "\nset them back, or run aeheight ingest --overwrite to make it anew"
-            )
+        ledger.check(cube_settings(self.settings), "ingest", made=True)
         if left := ledger.pending(cube_shards(tree.template)):
             raise NotYetError(f"{len(left)} shards of the cube are missing; run aeheight ingest")
         return tree

@@ -63,7 +63,7 @@ def record_split(run: Run) -> str:
         use = _draw(run, tree, shard)
         digest = tree.write(shard, use)
         ledger.leave(receipt_for(shard, use, digest, use != UNUSED, ledger.key, started))
-    return split_fingerprint(run.settings)
+    return fingerprint(settings["split"])
 
 
 def _refuse_empty_areas(settings: RegionSettings, grid: Grid) -> None:

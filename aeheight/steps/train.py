@@ -10,10 +10,9 @@ from typing import Any
 from aeheight import __version__, embeddings
 from aeheight.cluster import Outcome, clock
 from aeheight.errors import InputError, NotYetError
-from aeheight.models import Checkpoint, Provenance, build
+from aeheight.models import Checkpoint, Provenance
 from aeheight.patches import CACHE_BYTES, FEWEST, Patches
 from aeheight.receipts import Ledger
-from aeheight.settings import differences
 from aeheight.steps.run import BEST, Plan, Run
 from aeheight.steps.split import record_split, split_settings
 from aeheight.store import Store
@@ -31,17 +30,9 @@ def plan(run: Run) -> Plan:
         InputError: there is no cube yet, or the region has no height.
     """
     _need_height(run)
-    build(run.settings.model)
     template, model = run.whole_cube().template, run.settings.model
-    recorded = Ledger(run.model).settings() or {}
-    wanted = {"model": model.model_dump(mode="json"), "base": run.settings.base}
-    changed = differences({key: recorded.get(key) for key in wanted}, wanted)
-    if changed and run.model.exists(BEST) and not run.options.overwrite:
-        raise InputError(
-            f"{run.model.uri} was trained with other settings:\n  "
-            + "\n  ".join(changed)
-            + "\nset them back, or run aeheight train --overwrite"
-        )
+    done = run.model.exists(BEST) and not run.options.overwrite
+    Ledger(run.model).check(_model_settings(run), "train", made=done)
     pixels = sum(grid.shape[0] * grid.shape[1] for grid in template.grids)
     patches = model.patches_per_epoch or max(pixels * len(template.years) // model.patch**2, FEWEST)
     sample = model.patch**2 * (embeddings.BANDS + 9)
@@ -61,9 +52,13 @@ def plan(run: Run) -> Plan:
             + min(CACHE_BYTES, pixels * len(template.years) * (embeddings.BANDS + 9))
             + model.batch * sample
             + model.batch * model.patch**2 * network,
-            "done": run.model.exists(BEST) and not run.options.overwrite,
+            "done": done,
         },
     )
+
+
+def _model_settings(run: Run) -> dict[str, Any]:
+    return {"model": run.settings.model.model_dump(mode="json"), "base": run.settings.base}
 
 
 def _need_height(run: Run) -> None:
@@ -86,8 +81,7 @@ def execute(run: Run) -> Outcome:
     split = record_split(run)
     Ledger(run.model).begin(
         {
-            "model": settings.model.model_dump(mode="json"),
-            "base": settings.base,
+            **_model_settings(run),
             "cube": tree.identity,
             "split": split_settings(settings),
         },
