@@ -8,8 +8,7 @@ import hashlib
 import json
 import uuid
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,87 +16,25 @@ import numpy as np
 import xarray as xr
 import zarr
 from numpy.typing import NDArray
-from pyproj import CRS
-from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.errors import ZarrUserWarning
 
-from aeheight.errors import InputError
+from aeheight import embeddings
+from aeheight.conventions import Coordinate, coordinates, group_attributes, time_coordinate
+from aeheight.errors import InputError, NotYetError
 from aeheight.grid import Grid
-from aeheight.settings import CubeSettings, differences
+from aeheight.settings import differences, fingerprint
+from aeheight.shards import compressors, encode_shard
 from aeheight.store import Store, plain_errors
-from aeheight.windows import Region, tile, whole
+from aeheight.template import Layer, Shard, Template, plain_nodata
+from aeheight.windows import Region, whole
 
 FORMAT = 1
-_NO_YEAR = "static"
-_CONVENTIONS = "https://raw.githubusercontent.com/zarr-conventions"
-_GEOZARR = [
-    {
-        "schema_url": f"{_CONVENTIONS}/geo-proj/refs/tags/v1/schema.json",
-        "spec_url": "https://github.com/zarr-conventions/geo-proj/blob/v1/README.md",
-        "uuid": "f17cb550-5864-4468-aeb7-f3180cfb622f",
-        "name": "proj:",
-        "description": "Coordinate reference system information for geospatial data",
-    },
-    {
-        "schema_url": f"{_CONVENTIONS}/spatial/refs/tags/v1/schema.json",
-        "spec_url": "https://github.com/zarr-conventions/spatial/blob/v1/README.md",
-        "uuid": "689b58e2-cf7b-45e0-9fff-9cfc0883d6b4",
-        "name": "spatial:",
-        "description": "Spatial coordinate information",
-    },
-]
+_NOTE = "note.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One array of every group."""
-
-    name: str
-    dtype: str
-    """A numpy type, such as `int8`."""
-    nodata: float
-    """What a missing pixel holds: Zarr's fill value, and the declared attribute."""
-    timed: bool = False
-    """Whether there is one plane a year."""
-    bands: tuple[str, ...] = ()
-    """Names along the band axis; empty: there is none."""
-    attributes: Mapping[str, Any] = field(default_factory=dict)
-    """CF attributes (`units`, `long_name`, ...)."""
-
-    @property
-    def dims(self) -> tuple[str, ...]:
-        """Names of the axes."""
-        return (*(["time"] if self.timed else []), *(["band"] if self.bands else []), "y", "x")
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """The name of one piece of work: one stored object of one layer."""
-
-    group: str
-    layer: str
-    year: int | None
-    """None for a layer without a time axis."""
-    region: Region
-    """The shard's pixels, clipped to the grid."""
-
-    @property
-    def name(self) -> str:
-        """`utm10n/embedding/2021/r0000256-c0000000-256x256`."""
-        return f"{self.group}/{self.layer}/{self.year or _NO_YEAR}/{self.region.name}"
-
-    @classmethod
-    def parse(cls, name: str) -> "Shard":
-        """The shard of a `name`."""
-        group, layer, year, region = name.split("/")
-        return cls(group, layer, None if year == _NO_YEAR else int(year), Region.parse(region))
-
-
-def _plain(nodata: float) -> float | int | str:
-    """A nodata value as JSON can hold it."""
-    if np.isnan(nodata):
-        return "NaN"
-    return int(nodata) if nodata == int(nodata) else nodata
+def digest(data: bytes) -> str:
+    """BLAKE2b-128 of bytes (hexadecimal)."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def checksum(array: NDArray[Any]) -> str:
@@ -111,48 +48,6 @@ def checksum(array: NDArray[Any]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Template:
-    """All that is fixed before the first pixel is written."""
-
-    grids: tuple[Grid, ...]
-    """One a group."""
-    layers: tuple[Layer, ...]
-    years: tuple[int, ...]
-    cut: CubeSettings
-    title: str
-
-    def layer(self, name: str) -> Layer:
-        """The layer of a name."""
-        return next(layer for layer in self.layers if layer.name == name)
-
-    def grid(self, group: str) -> Grid:
-        """The grid of a group."""
-        return next(grid for grid in self.grids if grid.name == group)
-
-    def shards(self, layer: str) -> list[Shard]:
-        """Every shard of a layer, in order."""
-        years: Sequence[int | None] = self.years if self.layer(layer).timed else [None]
-        return [
-            Shard(grid.name, layer, year, region)
-            for grid in self.grids
-            for year in years
-            for region in tile(grid.shape, self.cut.shard)
-        ]
-
-    def describe(self) -> dict[str, Any]:
-        """The template as JSON holds it."""
-        plain = asdict(self) | {"cut": self.cut.model_dump()}
-        described: dict[str, Any] = json.loads(json.dumps(plain, default=str))
-        described["grids"] = {
-            grid.name: entry for grid, entry in zip(self.grids, described["grids"], strict=True)
-        }
-        described["layers"] = {entry.pop("name"): entry for entry in described["layers"]}
-        for layer in self.layers:
-            described["layers"][layer.name]["nodata"] = _plain(layer.nodata)
-        return described
-
-
-@dataclass(frozen=True, slots=True)
 class Tree:
     """An open tree."""
 
@@ -161,6 +56,11 @@ class Tree:
     identity: str
     """A token drawn when the tree was created: two trees, two identities."""
     _root: "zarr.Group"
+
+    @property
+    def version(self) -> str:
+        """Fingerprint of the template: a tree that was given more years has another."""
+        return fingerprint(self.template.describe())
 
     def read(self, group: str, layer: str, year: int | None, region: Region) -> NDArray[Any]:
         """The pixels of a region that may reach past the grid: nodata there.
@@ -202,19 +102,12 @@ class Tree:
             raise ValueError(
                 f"{shard.name} is {spec.dtype} {promised}, got {values.dtype} {values.shape}"
             )
-        array: Any = self._root[f"{shard.group}/{shard.layer}"]
-        index = self._index(spec, shard.year, shard.region)
-        doing = f"write {self.store.uri}/{shard.name}"
-        try:
-            with plain_errors(doing):
-                array[index] = values
-        except (OSError, InputError):
-            raise
-        except Exception:
-            # Zarr reads a shard before it replaces it, and fails where the old one is damaged.
-            self.store.remove(self._key(spec, shard))
-            with plain_errors(doing):
-                array[index] = values
+        cut, key = self.template.cut, self._key(spec, shard)
+        data = encode_shard(values, cut.shard, cut.chunk, spec.nodata)
+        if data is not None:
+            self.store.write(key, data)
+        else:
+            self.store.remove_many([key])  # Zarr keeps no shard that is all nodata
         return checksum(values)
 
     def _check(self, shard: Shard) -> Layer:
@@ -249,22 +142,39 @@ class Tree:
 def create(store: Store, template: Template) -> Tree:
     """Make a tree with its full metadata, or open the one that is there.
 
+    One that is there may be given more years and more ground; what it holds stays as it is.
+
     Raises:
         InputError: the one that is there was made from another template; names what differs.
     """
+    finish_growing(store)
     found = find(store)
     if found is None:
         with plain_errors(f"create {store.uri}"):
             _create(store, template)
-        return open_tree(store, template)
-    changed = differences(found["template"] | {"title": template.title}, template.describe())
-    if changed:
+        return open_tree(store)
+    old = replace(Template.described(found["template"]), title=template.title)
+    check_growth(store, old, template)
+    if old.describe() != template.describe():
+        with plain_errors(f"extend {store.uri}"):
+            _grow(store, old, template)
+    return open_tree(store)
+
+
+def check_growth(store: Store, old: Template, new: Template) -> None:
+    """Refuse a template that is not the old one with more years or ground.
+
+    Raises:
+        InputError: names what differs.
+    """
+    old = replace(old, title=new.title)
+    if not new.extends(old):
         raise InputError(
             f"{store.uri} was made with other settings:\n  "
-            + "\n  ".join(changed)
-            + "\nrun with --overwrite to make it anew, or choose another store"
+            + "\n  ".join(differences(old.describe(), new.describe()))
+            + "\nyears and ground can be added, nothing else changed: set them back, run with "
+            "--overwrite to make it anew, or choose another store"
         )
-    return open_tree(store, template)
 
 
 def _create(store: Store, template: Template) -> None:
@@ -272,20 +182,93 @@ def _create(store: Store, template: Template) -> None:
         store.zarr(),
         zarr_format=3,
         overwrite=True,
-        attributes={
-            "title": template.title,
-            "aeheight": {
-                "format": FORMAT,
-                "identity": uuid.uuid4().hex[:16],
-                "template": template.describe(),
-            },
-        },
+        attributes=_root_attributes(template, uuid.uuid4().hex[:16]),
     )
     for grid in template.grids:
-        _create_group(root, grid, template)
+        group = root.create_group(grid.name, attributes=group_attributes(grid))
+        bands = next((layer.bands for layer in template.layers if layer.bands), ())
+        timed = any(layer.timed for layer in template.layers)
+        for coordinate in coordinates(grid, template.years if timed else (), bands):
+            _create_coordinate(group, coordinate)
+        for layer in template.layers:
+            _create_layer(group, layer, grid, template)
+    _consolidate(store)
+
+
+def _root_attributes(template: Template, identity: str) -> dict[str, Any]:
+    described = {"format": FORMAT, "identity": identity, "template": template.describe()}
+    return {"title": template.title, "aeheight": described}
+
+
+def _consolidate(store: Store) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Consolidated metadata", ZarrUserWarning)
         zarr.consolidate_metadata(store.zarr())
+
+
+def _grow(store: Store, old: Template, new: Template) -> None:
+    """Give a tree more years or ground.
+
+    A year before others moves theirs along the time axis: their objects are copied, the last
+    first, so that no copy is lost wherever this stops. A note in the store says how far it came;
+    until it is gone nobody can open the tree.
+    """
+    note = {"old": old.describe(), "new": new.describe(), "moved": 0}
+    _growing(store).write(_NOTE, json.dumps(note).encode())
+    finish_growing(store)
+
+
+def _growing(store: Store) -> Store:
+    """Beside a tree that is given more years: what it is to become, and how far it is."""
+    return Store(f"{store.uri}.growing", store.access)
+
+
+def finish_growing(store: Store) -> None:
+    """Take up the growth that a note in the store tells of, if there is one."""
+    try:
+        note = _growing(store).read_json(_NOTE)
+    except FileNotFoundError:
+        return
+    old, new = Template.described(note["old"]), Template.described(note["new"])
+    moves = [(old.years.index(y), new.years.index(y)) for y in reversed(old.years)]
+    moves = [(before, after) for before, after in moves if before != after]
+    for number, (before, after) in enumerate(moves):
+        if number >= note["moved"]:
+            _copy_year(store, new, before, after)
+            _growing(store).write(_NOTE, json.dumps(note | {"moved": number + 1}).encode())
+    for year in set(new.years) - set(old.years):
+        for prefix in _year_prefixes(new, new.years.index(year)):
+            store.remove(prefix)
+    _rewrite_metadata(store, new)
+    _growing(store).remove()
+
+
+def _year_prefixes(template: Template, index: int) -> list[str]:
+    """Where the objects of one year lie."""
+    timed = [layer.name for layer in template.layers if layer.timed]
+    return [f"{grid.name}/{name}/c/{index}/" for grid in template.grids for name in timed]
+
+
+def _copy_year(store: Store, template: Template, before: int, after: int) -> None:
+    pairs = zip(_year_prefixes(template, before), _year_prefixes(template, after), strict=True)
+    for source, target in pairs:
+        store.remove(target)
+        for key in list(store.keys(source)):
+            store.copy(key, target + key.removeprefix(source))
+
+
+def _rewrite_metadata(store: Store, template: Template) -> None:
+    root = zarr.open_group(store.zarr(), mode="r+", use_consolidated=False)
+    for grid in template.grids:
+        group: Any = root[grid.name]
+        for layer in template.layers:
+            if layer.timed:
+                group[layer.name].resize((len(template.years), *group[layer.name].shape[1:]))
+        if any(layer.timed for layer in template.layers):
+            _create_coordinate(group, time_coordinate(template.years), overwrite=True)
+    identity: Any = root.attrs["aeheight"]
+    root.update_attributes(_root_attributes(template, identity["identity"]))
+    _consolidate(store)
 
 
 def find(store: Store) -> dict[str, Any] | None:
@@ -310,6 +293,11 @@ def find(store: Store) -> dict[str, Any] | None:
         raise foreign from None
     if found is None:
         raise foreign
+    if _growing(store).exists(_NOTE):
+        raise NotYetError(
+            f"{store.uri} was interrupted while it was given more years; run the step that makes "
+            "it once more"
+        )
     if found["format"] != FORMAT:
         raise InputError(
             f"{store.uri} has format {found['format']}, this version reads {FORMAT}; "
@@ -319,7 +307,7 @@ def find(store: Store) -> dict[str, Any] | None:
     return dict(found) if metadata.get("consolidated_metadata") else None
 
 
-def open_tree(store: Store, template: Template | None = None) -> Tree:
+def open_tree(store: Store) -> Tree:
     """Open a tree that exists.
 
     Raises:
@@ -328,122 +316,59 @@ def open_tree(store: Store, template: Template | None = None) -> Tree:
     found = find(store)
     if found is None:
         raise InputError(f"there is no cube at {store.uri}; run the step that makes it first")
-    return Tree(
-        store,
-        template or _template(found["template"]),
-        found["identity"],
-        _open_root(store.uri, found["identity"]),
-    )
+    template, identity = Template.described(found["template"]), found["identity"]
+    root = _open_root(store.uri, identity, fingerprint(found["template"]))
+    return Tree(store, template, identity, root)
 
 
 @lru_cache(maxsize=16)
-def _open_root(uri: str, identity: str) -> "zarr.Group":
+def _open_root(uri: str, _identity: str, _version: str) -> "zarr.Group":
     return zarr.open_group(Store(uri).zarr(), mode="r+", use_consolidated=True)
 
 
-def _template(found: Mapping[str, Any]) -> Template:
-    grids = tuple(
-        Grid(**(entry | {"shape": tuple(entry["shape"])})) for entry in found["grids"].values()
-    )
-    layers = tuple(
-        Layer(
-            name=name,
-            **(entry | {"bands": tuple(entry["bands"]), "nodata": float(entry["nodata"])}),
-        )
-        for name, entry in found["layers"].items()
-    )
-    return Template(
-        grids, layers, tuple(found["years"]), CubeSettings(**found["cut"]), found["title"]
-    )
-
-
-def open_cube(uri: str) -> xr.DataTree:
+def open_cube(uri: str, *, decode: bool = False) -> xr.DataTree:
     """A tree as lazy xarray objects: one group a grid, coordinates at pixel centres, a CRS.
+
+    Args:
+        uri: a run's `cube.zarr` or `heights.zarr`.
+        decode: give `embedding` as float32 values in -1..1 (NaN: none) instead of int8 codes; also
+            lazily, when a part is computed.
 
     Raises:
         InputError: there is none.
     """
     open_tree(Store.at(uri))
     store: Any = Store.at(uri).zarr(read_only=True)
-    return xr.open_datatree(store, engine="zarr", chunks={})
+    tree = xr.open_datatree(store, engine="zarr", chunks={})
+    if not decode:
+        return tree
+    return tree.map_over_datasets(_decoded)
 
 
-def _create_group(root: "zarr.Group", grid: Grid, template: Template) -> None:
-    crs = CRS.from_user_input(grid.crs)
-    transform = list(grid.transform)[:6]
-    group = root.create_group(
-        grid.name,
-        attributes={
-            "Conventions": "CF-1.11",
-            "zarr_conventions": _GEOZARR,
-            **(
-                {"proj:code": grid.crs}
-                if ":" in grid.crs and len(grid.crs) < 32
-                else {"proj:wkt2": crs.to_wkt()}
-            ),
-            "spatial:dimensions": ["y", "x"],
-            "spatial:transform": transform,
-            "spatial:transform_type": "affine",
-            "spatial:bbox": list(grid.bounds),
-            "spatial:shape": list(grid.shape),
-            "spatial:registration": "pixel",
-        },
+def _decoded(group: xr.Dataset) -> xr.Dataset:
+    if "embedding" not in group:
+        return group
+    codes = group["embedding"]
+    values = codes.copy(data=codes.data.map_blocks(embeddings.decode, dtype=np.float32))
+    values.attrs.pop("nodata")
+    values.attrs["comment"] = "decoded from int8 codes; NaN is nodata"
+    return group.assign(embedding=values)
+
+
+def _create_coordinate(
+    group: "zarr.Group", coordinate: Coordinate, *, overwrite: bool = False
+) -> None:
+    values = coordinate.values
+    array = group.create_array(
+        coordinate.name,
+        shape=values.shape,
+        dtype=values.dtype,
+        chunks=values.shape or "auto",
+        dimension_names=[coordinate.name] * values.ndim,
+        attributes=coordinate.attributes,
+        overwrite=overwrite,
     )
-    for name, values, attributes in _coordinates(grid, template, crs):
-        array = group.create_array(
-            name,
-            shape=values.shape,
-            dtype=values.dtype,
-            chunks=values.shape or "auto",
-            dimension_names=[name] * values.ndim,
-            attributes=attributes,
-        )
-        array[...] = values
-    for layer in template.layers:
-        _create_layer(group, layer, grid, template)
-
-
-def _coordinates(
-    grid: Grid, template: Template, crs: CRS
-) -> list[tuple[str, NDArray[Any], dict[str, Any]]]:
-    unit, prefix = ("degrees", "") if grid.is_geographic else ("m", "projection_")
-    names = (
-        ("latitude", "longitude")
-        if grid.is_geographic
-        else ("projection_y_coordinate", "projection_x_coordinate")
-    )
-    units = ("degrees_north", "degrees_east") if not prefix else (unit, unit)
-    transform = " ".join(repr(float(value)) for value in grid.transform.to_gdal())
-    mapping = crs.to_cf() | {"spatial_ref": crs.to_wkt(), "GeoTransform": transform}
-    days = np.array([np.datetime64(f"{year}-01-01", "D") for year in template.years])
-    coordinates: list[tuple[str, NDArray[Any], dict[str, Any]]] = [
-        ("y", grid.y(), {"standard_name": names[0], "units": units[0], "axis": "Y"}),
-        ("x", grid.x(), {"standard_name": names[1], "units": units[1], "axis": "X"}),
-        ("spatial_ref", np.array(0, dtype=np.int64), mapping),
-    ]
-    if any(layer.timed for layer in template.layers):
-        coordinates.append(
-            (
-                "time",
-                days.astype(np.int64),
-                {
-                    "standard_name": "time",
-                    "axis": "T",
-                    "units": "days since 1970-01-01",
-                    "calendar": "proleptic_gregorian",
-                },
-            )
-        )
-    bands = next((layer.bands for layer in template.layers if layer.bands), ())
-    if bands:
-        coordinates.append(
-            (
-                "band",
-                np.arange(len(bands), dtype=np.int16),
-                {"long_name": "embedding band", "band_names": list(bands)},
-            )
-        )
-    return coordinates
+    array[...] = values
 
 
 def _create_layer(group: "zarr.Group", layer: Layer, grid: Grid, template: Template) -> None:
@@ -456,9 +381,6 @@ def _create_layer(group: "zarr.Group", layer: Layer, grid: Grid, template: Templ
     cut = template.cut
     chunk = sizes | {"time": 1, "y": cut.chunk, "x": cut.chunk}
     shard = chunk | {"y": cut.shard, "x": cut.shard}
-    compressor = BloscCodec(
-        cname="zstd", clevel=3, shuffle="bitshuffle", typesize=np.dtype(layer.dtype).itemsize
-    )
     group.create_array(
         layer.name,
         shape=tuple(sizes[dim] for dim in layer.dims),
@@ -466,11 +388,11 @@ def _create_layer(group: "zarr.Group", layer: Layer, grid: Grid, template: Templ
         shards=tuple(shard[dim] for dim in layer.dims),
         dtype=layer.dtype,
         fill_value=np.dtype(layer.dtype).type(layer.nodata),
-        compressors=[compressor, Crc32cCodec()],
+        compressors=compressors(layer.dtype),
         dimension_names=layer.dims,
         attributes={
             **layer.attributes,
-            "nodata": _plain(layer.nodata),
+            "nodata": plain_nodata(layer.nodata),
             "grid_mapping": "spatial_ref",
             # Makes xarray carry the CRS along with every single variable.
             "coordinates": "spatial_ref",

@@ -13,7 +13,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -25,15 +26,18 @@ import psutil
 from numpy.typing import NDArray
 
 from aeheight import __version__
-from aeheight.cube import Shard, Tree, checksum
+from aeheight.cube import Tree, checksum
 from aeheight.errors import InputError
 from aeheight.settings import differences, fingerprint
 from aeheight.store import Store
+from aeheight.template import Shard
 
 FORMAT = 1
 _SETTINGS = "settings.json"
 _LEASE = "lease.json"
 _LEASE_SECONDS = 60.0
+_READERS = 16
+"""Receipts that are read at the same time: a store answers many as fast as one."""
 _log = logging.getLogger(__name__)
 
 
@@ -67,6 +71,8 @@ class Receipt:
     """Fingerprint of the settings (and checkpoint) it was made with."""
     seconds: float
     """From first read to written."""
+    inputs: str = ""
+    """`Shard.inputs`: fingerprint of what it was made from."""
     versions: Mapping[str, str] = field(default_factory=versions)
     format: int = FORMAT
 
@@ -93,18 +99,36 @@ def receipt_for(
         settings: fingerprint of the settings.
         started: `time.monotonic()` before the first read.
     """
-    chosen = values[..., valid] if valid.any() else None
+    low, high, mean = _statistics(values, valid)
     return Receipt(
         shard.name,
         digest,
         shard.region.size,
         int(valid.sum()),
-        None if chosen is None else float(chosen.min()),
-        None if chosen is None else float(chosen.max()),
-        None if chosen is None else float(chosen.mean(dtype=np.float64)),
+        low,
+        high,
+        mean,
         settings,
         round(time.monotonic() - started, 3),
+        shard.inputs,
     )
+
+
+def _statistics(
+    values: NDArray[Any], valid: NDArray[np.bool_]
+) -> tuple[float, float, float] | tuple[None, None, None]:
+    """Minimum, maximum and mean of the valid values, plane by plane: nothing is copied whole."""
+    if not valid.any():
+        return None, None, None
+    every = bool(valid.all())
+    sums = np.int64 if values.dtype.kind in "iu" else np.float64
+    lows, highs, total = [], [], 0.0
+    for plane in values.reshape(-1, *valid.shape):
+        chosen = plane if every else plane[valid]
+        lows.append(float(chosen.min()))
+        highs.append(float(chosen.max()))
+        total += float(chosen.sum(dtype=sums))
+    return min(lows), max(highs), total / (len(lows) * int(valid.sum()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,23 +203,51 @@ class Ledger:
         settings = self.settings()
         return replace(self, key="none" if settings is None else fingerprint(settings))
 
-    def done(self) -> set[str]:
-        """Names of the shards that have a receipt."""
+    def done(self) -> dict[str, str]:
+        """Names of the shards that have a receipt, and what each was made from (its `inputs`).
+
+        A shard with two receipts was made twice from different inputs, and nobody knows which of
+        the two lies there: it counts as not done.
+        """
+        found: dict[str, list[str]] = {}
+        for name, inputs in self._entries():
+            found.setdefault(name, []).append(inputs)
+        return {name: inputs[0] for name, inputs in found.items() if len(inputs) == 1}
+
+    def _entries(self) -> Iterator[tuple[str, str]]:
+        """Name and inputs of every receipt."""
         folder = self.current().key + "/"
-        return {
-            key.removeprefix(folder).removesuffix(".json")
-            for key in self.store.keys(folder)
-            if key.endswith(".json")
-        }
+        for key in self.store.keys(folder):
+            if key.endswith(".json"):
+                name, _, inputs = key.removeprefix(folder).removesuffix(".json").partition("~")
+                yield name, inputs
+
+    def _entry(self, name: str, inputs: str) -> str:
+        """Where a receipt lies; its name says what the shard was made from."""
+        return f"{self.current().key}/{name}" + (f"~{inputs}" if inputs else "") + ".json"
 
     def pending(self, shards: Iterable[Shard]) -> list[Shard]:
-        """The shards without a receipt, in order."""
+        """The shards without a receipt, or made from other inputs, in order.
+
+        A shard that does not say its inputs is done with any.
+        """
         done = self.done()
-        return [shard for shard in shards if shard.name not in done]
+        return [
+            shard
+            for shard in shards
+            if shard.name not in done or (shard.inputs and done[shard.name] != shard.inputs)
+        ]
+
+    def take_up(self, shards: Iterable[Shard]) -> list[Shard]:
+        """What is pending, without the receipts of what it was made from before."""
+        pending = self.pending(shards)
+        self.forget({shard.name for shard in pending})
+        return pending
 
     def leave(self, receipt: Receipt) -> None:
         """Write the receipt of a shard that is whole."""
-        self.store.write(f"{receipt.settings}/{receipt.shard}.json", receipt.to_bytes())
+        entry = replace(self, key=receipt.settings)._entry(receipt.shard, receipt.inputs)
+        self.store.write(entry, receipt.to_bytes())
 
     def receipt(self, name: str) -> Receipt:
         """The receipt of a shard.
@@ -204,17 +256,36 @@ class Ledger:
             FileNotFoundError: it has none.
             InputError: it is damaged, or its format is another version's.
         """
-        found = self.store.read_json(f"{self.current().key}/{name}.json")
+        for receipt in self.receipts([name]):
+            return receipt
+        raise FileNotFoundError(f"{name} has no receipt in {self.store.uri}")
+
+    def receipts(self, names: Iterable[str]) -> Iterator[Receipt]:
+        """The receipts of those shards that have one, in order; read side by side.
+
+        Raises:
+            InputError: one is damaged, or its format is another version's.
+        """
+        ledger = self.current()
+        done = ledger.done()
+        entries = [ledger._entry(name, done[name]) for name in names if name in done]
+        with ThreadPoolExecutor(_READERS) as pool:
+            for first in range(0, len(entries), 64 * _READERS):
+                yield from pool.map(ledger._load, entries[first : first + 64 * _READERS])
+
+    def _load(self, entry: str) -> Receipt:
+        found = self.store.read_json(entry)
         if found.get("format") != FORMAT:
             raise InputError(
-                f"the receipt of {name} has format {found.get('format')}, this version reads "
+                f"the receipt {entry} has format {found.get('format')}, this version reads "
                 f"{FORMAT}; use the version that made it, or --overwrite"
             )
         return Receipt(**found)
 
-    def forget(self, name: str) -> None:
-        """Remove a receipt, so that its shard is made again."""
-        self.store.remove(f"{self.current().key}/{name}.json")
+    def forget(self, names: Collection[str]) -> None:
+        """Remove every receipt of some shards, so that they are made again."""
+        doomed = [self._entry(name, inputs) for name, inputs in self._entries() if name in names]
+        self.store.remove_many(doomed)
 
     def discard(self) -> None:
         """Remove all receipts and the record of the settings."""
@@ -232,15 +303,16 @@ class Damage:
 def verify(tree: Tree, ledger: Ledger) -> Iterator[Damage | None]:
     """Read every finished shard again and compare its checksum: None where it is sound."""
     ledger = ledger.current()
-    for name in sorted(ledger.done()):
-        shard = Shard.parse(name)
+    for receipt in ledger.receipts(sorted(ledger.done())):
+        shard = Shard.parse(receipt.shard)
         try:
             values = tree.read(shard.group, shard.layer, shard.year, shard.region)
         except OSError as error:
-            yield Damage(name, str(error))
+            yield Damage(shard.name, str(error))
             continue
-        promised, found = ledger.receipt(name).checksum, checksum(values)
-        yield None if found == promised else Damage(name, f"checksum {found}, not {promised}")
+        found = checksum(values)
+        sound = found == receipt.checksum
+        yield None if sound else Damage(shard.name, f"checksum {found}, not {receipt.checksum}")
 
 
 @contextmanager

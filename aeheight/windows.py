@@ -27,6 +27,9 @@ from aeheight.errors import InputError
 
 Shape = tuple[int, int]
 
+Runs = tuple[tuple[int, int, int], ...]
+"""Squares of a board, row by row: (row, first column, column after the last)."""
+
 _NAME = re.compile(r"r(-?\d+)-c(-?\d+)-(\d+)x(\d+)")
 
 
@@ -112,11 +115,38 @@ def whole(shape: Shape) -> Region:
     return Region(0, 0, *shape)
 
 
-def tile(shape: Shape, edge: int) -> Iterator[Region]:
-    """Cut a grid into squares of `edge` pixels, row by row; the last ones are clipped to it."""
-    for row in range(0, shape[0], edge):
-        for col in range(0, shape[1], edge):
+def tile(shape: Shape, edge: int, runs: Runs | None = None) -> Iterator[Region]:
+    """Cut a grid into squares of `edge` pixels, row by row; the last ones are clipped to it.
+
+    Args:
+        shape: of the grid.
+        edge: in pixels.
+        runs: only these squares; None: all.
+    """
+    board = ceil(shape[0] / edge), ceil(shape[1] / edge)
+    for line, first, last in runs if runs is not None else every_run(board):
+        for col in range(first * edge, last * edge, edge):
+            row = line * edge
             yield Region(row, col, min(edge, shape[0] - row), min(edge, shape[1] - col))
+
+
+def every_run(board: Shape) -> Runs:
+    """The runs of a whole board."""
+    return tuple((line, 0, board[1]) for line in range(board[0]))
+
+
+def runs_of(chosen: NDArray[np.bool_]) -> Runs:
+    """The runs of (rows, columns) chosen squares.
+
+    >>> runs_of(np.array([[True, True, False, True], [False, False, False, False]]))
+    ((0, 0, 2), (0, 3, 4))
+    """
+    steps = np.diff(np.pad(chosen.astype(np.int8), ((0, 0), (1, 1))), axis=1)
+    starts, ends = np.argwhere(steps == 1), np.argwhere(steps == -1)
+    return tuple(
+        (int(line), int(first), int(last))
+        for (line, first), (_, last) in zip(starts, ends, strict=True)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 
 from aeheight import receipts
-from aeheight.cube import Layer, Shard, Template, Tree, create
+from aeheight.cube import Tree, create
 from aeheight.errors import InputError
 from aeheight.grid import Grid
 from aeheight.receipts import Ledger, lease, receipt_for, verify
 from aeheight.settings import CubeSettings, fingerprint
 from aeheight.store import Store
+from aeheight.template import Layer, Shard, Template
 from aeheight.windows import Region
 
 GRID = Grid("EPSG:32610", 10.0, 403200.0, 4279500.0, (50, 70))
@@ -81,16 +82,16 @@ def receipt_of(shard: Shard, settings: str | None = None) -> receipts.Receipt:
 
 
 def test_pending_leave_receipt_forget_discard(ledger: Ledger) -> None:
-    assert ledger.done() == set()
+    assert ledger.done() == {}
     assert ledger.pending(SHARDS) == SHARDS
     ledger.begin(SETTINGS)
     assert ledger.pending(SHARDS) == SHARDS
     for shard in SHARDS[3:]:
         ledger.leave(receipt_of(shard))
-    assert ledger.done() == {shard.name for shard in SHARDS[3:]}
+    assert set(ledger.done()) == {shard.name for shard in SHARDS[3:]}
     assert ledger.pending(SHARDS) == SHARDS[:3]
     assert ledger.receipt(SHARDS[3].name) == receipt_of_again(ledger, SHARDS[3])
-    ledger.forget(SHARDS[5].name)
+    ledger.forget([SHARDS[5].name])
     assert ledger.pending(SHARDS) == [*SHARDS[:3], SHARDS[5]]
     ledger.discard()
     assert ledger.pending(SHARDS) == SHARDS
@@ -165,14 +166,14 @@ def test_an_unknown_receipt_format_is_refused(ledger: Ledger) -> None:
 def test_no_receipt(ledger: Ledger) -> None:
     with pytest.raises(FileNotFoundError):
         ledger.receipt(SHARDS[0].name)
-    ledger.forget(SHARDS[0].name)
+    ledger.forget([SHARDS[0].name])
 
 
 def test_what_lies_beside_the_receipts_is_no_receipt(ledger: Ledger) -> None:
     ledger.begin(SETTINGS)
     ledger.store.write("sources.json", b"{}")
     ledger.store.write("model.ckpt", b"")
-    assert ledger.done() == set()
+    assert ledger.done() == {}
 
 
 # --- settings -----------------------------------------------------------------------------------
@@ -204,7 +205,7 @@ def test_changed_settings_are_refused_and_named(
         ledger.begin(SETTINGS | changed)
     assert "--overwrite" in str(caught.value)
     assert ledger.settings() == SETTINGS
-    assert ledger.done() == {SHARDS[0].name}
+    assert set(ledger.done()) == {SHARDS[0].name}
     ledger.discard()
     ledger.begin(SETTINGS | changed)
 
@@ -220,9 +221,9 @@ def test_settings_may_change_while_nothing_is_made(ledger: Ledger) -> None:
 def test_a_straggler_of_other_settings_does_not_count(ledger: Ledger) -> None:
     ledger = ledger.begin(SETTINGS)
     ledger.leave(receipt_of(SHARDS[0], "other settings"))
-    assert ledger.done() == set()
+    assert ledger.done() == {}
     assert ledger.pending(SHARDS) == SHARDS
-    assert Ledger(ledger.store).done() == set()
+    assert Ledger(ledger.store).done() == {}
 
 
 # --- verify -------------------------------------------------------------------------------------

@@ -6,10 +6,11 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from aeheight.cube import Layer, Shard, Template, Tree, create
+from aeheight.cube import Tree, create
 from aeheight.grid import Grid
 from aeheight.settings import CubeSettings
 from aeheight.store import Store
+from aeheight.template import Layer, Shard, Template
 
 UTM = Grid("EPSG:32610", 10.0, 403200.0, 4279500.0, (50, 70))
 DEGREES = Grid("EPSG:4326", 0.001, -122.0, 38.0, (20, 33))
