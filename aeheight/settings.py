@@ -37,15 +37,28 @@ class GridSettings(_Settings):
     """West, south, east, north edges in the CRS; a whole number of pixels."""
 
 
+class AccessSettings(_Settings):
+    """How an object store lets readers in; credentials come from the environment, as usual."""
+
+    anonymous: bool = False
+    """Read a public bucket without credentials."""
+    requester_pays: bool = False
+    """Agree to pay for reading (S3: your account; Google: the project in GOOGLE_CLOUD_PROJECT)."""
+    region: str | None = None
+    """Of an S3 bucket, such as `us-west-2`, where the environment does not say."""
+
+
 class EmbeddingSettings(_Settings):
     """Where the embeddings come from."""
 
     source: Literal["cog", "index", "mosaic", "earthengine"] = "cog"
-    """What `href` is; so far only `cog` can be read."""
+    """What `href` is: AlphaEarth tiles; the index of all tiles (GeoParquet or CSV); the global Zarr
+    mosaic in degrees; or float exports of Earth Engine."""
     href: Hrefs
     """File, list, glob, folder or URI; relative to the region file."""
     year: int | Annotated[list[int], Field(min_length=1)]
     """The year or years to read."""
+    access: AccessSettings = AccessSettings()
 
     @property
     def years(self) -> tuple[int, ...]:
@@ -69,6 +82,11 @@ class HeightSettings(_Settings):
     """The missing-value of files that do not declare one; NaN is always missing."""
     asset: str = "data"
     """STAC: the asset that holds the heights."""
+    collection: str | None = None
+    """STAC API: the collection to search."""
+    convert: bool = True
+    """The prior's heights are converted to the vertical datum of `height`; false leaves them."""
+    access: AccessSettings = AccessSettings()
 
 
 class CubeSettings(_Settings):
@@ -78,6 +96,8 @@ class CubeSettings(_Settings):
     """Edge of a shard, the unit of work and of writing, in pixels."""
     chunk: Positive = 256
     """Edge of a chunk, the unit of reading, in pixels."""
+    halo: Natural = 128
+    """Pixels that a group holds past the edge of its UTM zone, where another zone goes on."""
 
     @model_validator(mode="after")
     def _divides(self) -> "CubeSettings":
@@ -157,7 +177,7 @@ class RegionSettings(_Settings):
     """Folder (relative to where the command runs) or URI under which all results lie."""
     grid: GridSettings | None = None
     aoi: Bounds | str | None = None
-    """Bounds in degrees, or a GeoJSON file whose bounds are taken, where `grid` is left out."""
+    """Bounds in degrees, or a GeoJSON file of polygons: shards outside are not made."""
     embeddings: EmbeddingSettings
     height: HeightSettings | None = None
     prior: HeightSettings | None = None

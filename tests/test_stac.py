@@ -10,6 +10,7 @@ import pyproj
 import pystac
 import pytest
 import rasterio
+from affine import Affine
 from pyproj import Transformer
 from rasterio.warp import transform_bounds
 
@@ -209,6 +210,163 @@ def test_real_stac_items_are_planned_without_a_network() -> None:
     assert source.rasters
     assert {raster.crs for raster in source.rasters} == {"EPSG:4326"}
     assert all(raster.href.startswith("s3://") for raster in source.rasters)
-    assert source.rasters[0].resolution == pytest.approx(1 / 360)
+    assert source.rasters[0].resolution == pytest.approx((1 / 360, 1 / 3600))
     with pytest.raises(InputError, match="share ground"):
         source_of(items, GRID, source="stac")
+
+
+# --- geometry of items --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["Area", "Point"])
+@pytest.mark.parametrize("step", [2.0, 30.0])
+def test_a_plane_through_stac_is_not_shifted(tmp_path: Path, kind: str, step: float) -> None:
+    edge = int(600 / step)
+    rows, cols = np.mgrid[:edge, :edge] + 0.5
+    left, top = LEFT - 90, TOP + 90
+
+    def plane(x: Any, y: Any) -> Any:
+        return 200 + 0.3 * (x - LEFT) - 0.2 * (y - TOP)
+
+    values = plane(left + cols * step, top - rows * step).astype(np.float32)
+    path = write_heights(tmp_path / "plane.tif", values, left, top, step)
+    with rasterio.open(path, "r+") as dataset:
+        dataset.update_tags(AREA_OR_POINT=kind)
+    found = read(catalogue(tmp_path / "stac", [path]), source="stac")
+    np.testing.assert_allclose(found, plane(*np.meshgrid(GRID.x(), GRID.y())), atol=1e-4)
+
+
+@pytest.mark.parametrize("step", [2.0, 10.0, 30.0])
+def test_items_side_by_side_are_one_surface(tmp_path: Path, step: float) -> None:
+    edge = int(600 / step)
+    heights, corner = terrain(edge, edge, 0.1), (LEFT - 47, TOP + 33)
+    one = write_heights(tmp_path / "one.tif", heights, *corner, step)
+    half = edge // 2 + 1
+    parts = [
+        write_heights(tmp_path / "a.tif", heights[:, :half], *corner, step),
+        write_heights(
+            tmp_path / "b.tif", heights[:, half:], corner[0] + half * step, corner[1], step
+        ),
+    ]
+    found = read(catalogue(tmp_path / "stac", parts), source="stac")
+    np.testing.assert_array_equal(found, read(one))
+
+
+def real_items(name: str) -> list[pystac.Item]:
+    described = json.loads((DATA / "stac" / name).read_text())
+    return [pystac.Item.from_dict(one) for one in described.get("features", [described])]
+
+
+REAL = [
+    "earth-search/cop-dem-glo-30__10items.json",
+    "cop-dem/Copernicus_DSM_COG_10_N53_00_W115_00_DEM__"
+    "Copernicus_DSM_COG_10_N53_00_W115_00_DEM.json",
+]
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the real data is not beside the project")
+@pytest.mark.parametrize("name", REAL, ids=["south pole", "Alberta"])
+@pytest.mark.parametrize("form", ["proj:epsg", "proj:code", "nine numbers"])
+def test_real_items_over_files_of_their_lattice(tmp_path: Path, name: str, form: str) -> None:
+    """GLO-30 with local files: pixels are points, and longitudes are thinned."""
+    items = real_items(name)[:2]
+    paths = []
+    for item in items:
+        rows, cols = item.properties["proj:shape"]
+        transform = Affine(*item.properties["proj:transform"][:6])
+        path = tmp_path / f"{item.id}.tif"
+        longitudes = transform.c + (np.arange(cols) + 0.5) * transform.a
+        heights = np.broadcast_to(longitudes + 2000, (rows, cols)).astype(np.float32)
+        with rasterio.open(
+            path, "w", driver="GTiff", count=1, height=rows, width=cols, dtype="float32",
+            crs="EPSG:4326", transform=transform, compress="zstd", tiled=True,
+        ) as target:  # fmt: skip
+            target.write(heights, 1)
+            target.update_tags(AREA_OR_POINT="Point")
+        paths.append(path)
+        item.assets = {"data": pystac.Asset(str(path))}
+        item.clear_links()
+        item.properties.pop("proj:code", None)
+        item.properties.pop("proj:epsg", None)
+        named = {"proj:epsg": 4326} if form == "proj:epsg" else {"proj:code": "EPSG:4326"}
+        item.properties |= named
+        if form == "nine numbers":
+            item.properties["proj:transform"] = [*list(transform)[:6], 0, 0, 1]
+    href = tmp_path / "items.json"
+    href.write_text(
+        json.dumps({"type": "FeatureCollection", "features": [i.to_dict() for i in items]})
+    )
+    _, south, east, north = items[0].bbox or [0.0] * 4
+    lon, lat = east - 1e-4, (south + north) / 2
+    crs = "EPSG:3031" if south < -60 else "EPSG:32612"
+    x, y = Transformer.from_crs("EPSG:4326", crs, always_xy=True).transform(lon, lat)
+    grid = Grid(crs, 10.0, round(x) - 150.0, round(y) + 150.0, (30, 30))
+    found = read(href, grid, source="stac")
+    np.testing.assert_array_equal(found, read(paths, grid))
+    to_degrees = Transformer.from_crs(crs, "EPSG:4326", always_xy=True)
+    wanted = to_degrees.transform(*np.meshgrid(grid.x(), grid.y()))[0] + 2000
+    known = np.isfinite(found)
+    assert known.any()
+    if len(items) == 2:  # the next tile goes on where the first ends
+        assert known.all()
+    inside = to_degrees.transform(*np.meshgrid(grid.x(), grid.y()))[0] < east - 5e-3
+    check = known & (inside if len(items) == 1 else True)
+    np.testing.assert_allclose(found[check], wanted[check], atol=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("lost", "field"),
+    [
+        (["proj:code"], r"proj:code \(or proj:epsg\)"),
+        (["proj:transform"], "proj:transform"),
+        (["proj:shape"], "proj:shape"),
+    ],
+)
+def test_an_item_without_projection(tmp_path: Path, lost: list[str], field: str) -> None:
+    """Its file has it; where that cannot be opened either, item and field are named."""
+    path = write_heights(tmp_path / "dsm.tif", terrain(30, 36))
+    item, href = item_of(path), tmp_path / "item.json"
+    for name in lost:
+        del item.properties[name]
+    item.save_object(include_self_link=False, dest_href=str(href))
+    np.testing.assert_array_equal(read(href, source="stac"), read(path))
+    path.unlink()
+    with pytest.raises(
+        InputError, match=rf"height: STAC item dsm lacks {field}, and its asset: .*"
+    ):
+        read(href, source="stac")
+
+
+def test_an_item_that_lies_elsewhere_than_its_file(tmp_path: Path) -> None:
+    path = write_heights(tmp_path / "dsm.tif", terrain(30, 36))
+    item, href = item_of(path), tmp_path / "item.json"
+    item.properties["proj:transform"][2] += 5.0
+    item.save_object(include_self_link=False, dest_href=str(href))
+    with pytest.raises(InputError, match=r"STAC item dsm: .*was described as .*403205"):
+        read(href, source="stac")
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"raster:bands": [{"unit": "foot"}]}, "STAC item dsm: its heights are in 'foot'"),
+        ({"proj:transform": [7.0, 7.0, LEFT, 7.0, -7.0, TOP]}, "STAC item dsm has rotated"),
+    ],
+)
+def test_items_that_are_no_heights(tmp_path: Path, about: dict[str, Any], message: str) -> None:
+    path = write_heights(tmp_path / "dsm.tif", terrain(30, 36))
+    item, href = item_of(path), tmp_path / "item.json"
+    item.properties |= about
+    item.save_object(include_self_link=False, dest_href=str(href))
+    with pytest.raises(InputError, match=message):
+        read(href, source="stac")
+
+
+def test_the_missing_value_of_an_item(tmp_path: Path) -> None:
+    heights = terrain(150, 180, 0.1)
+    voids = np.where(np.isnan(heights), np.float32(-999999), heights)
+    path = write_heights(tmp_path / "dsm.tif", voids, step=2.0, nodata=None)
+    item, href = item_of(path), tmp_path / "item.json"
+    item.assets["data"].extra_fields["raster:bands"] = [{"nodata": -999999.0}]
+    item.save_object(include_self_link=False, dest_href=str(href))
+    np.testing.assert_allclose(read(href, source="stac"), block_mean(heights, 5), rtol=1e-6)

@@ -124,7 +124,7 @@ def terrain(rows: int, cols: int, holes: float = 0.0) -> NDArray[np.float32]:
 def source_of(href: Any, grid: Grid = GRID, **more: Any) -> HeightSource:
     """The plan of a height model."""
     wanted = HeightSettings.model_validate(height_settings(href, **more))
-    return scan_heights(region("unused.tiff"), wanted, grid, "height")
+    return scan_heights(region("unused.tiff"), wanted, [grid], "height")
 
 
 def read(href: Any, grid: Grid = GRID, **more: Any) -> NDArray[Any]:

@@ -1,31 +1,90 @@
 """Where pixels come from: AlphaEarth tiles, rasters and STAC items, onto any region of a grid.
 
 Plan, then read: `scan` opens headers only and returns `Sources`, a plain value that is stored
-beside the receipts and sent to nobody; a task loads it and reads the pixels of its own region.
+beside the receipts and sent to nobody; a task loads it once, as a `Reader`, and reads the pixels of
+its own shard from the files that touch it.
 """
 
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
+from aeheight.embeddings import BANDS, parse_tile_name
 from aeheight.errors import InputError
-from aeheight.grid import Grid
-from aeheight.settings import RegionSettings
-from aeheight.sources.heights import HeightSource, read_heights, scan_heights, touches
-from aeheight.sources.tiles import EmbeddingTile, read_embeddings, region_grid, scan_tiles
-from aeheight.windows import whole
+from aeheight.grid import Grid, reproject_bounds, transformer
+from aeheight.settings import RegionSettings, fingerprint
+from aeheight.sources.areas import read_aoi
+from aeheight.sources.datum import check_datum, plan_shift
+from aeheight.sources.exports import scan_exports
+from aeheight.sources.heights import HeightSource, Raster, place, read_heights, scan_heights
+from aeheight.sources.index import scan_index
+from aeheight.sources.mosaic import scan_mosaic
+from aeheight.sources.tiles import EmbeddingSource, EmbeddingTile, read_embeddings, scan_tiles
+from aeheight.sources.zones import Plot, lay_out, search_boxes
+from aeheight.template import Shard
+from aeheight.windows import Region, Runs
 
-__all__ = ["EmbeddingTile", "HeightSource", "Sources", "read_embeddings", "read_heights", "scan"]
+__all__ = [
+    "EmbeddingSource",
+    "EmbeddingTile",
+    "Ground",
+    "HeightSource",
+    "Reader",
+    "Sources",
+    "read_embeddings",
+    "read_heights",
+    "scan",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """One group of the cube: its grid, and every file that touches it."""
+
+    grid: Grid
+    runs: Runs | None
+    """The shards to make; None: all."""
+    embeddings: EmbeddingSource
+    height: HeightSource | None
+    prior: HeightSource | None
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
     """Every file of a run, with what its header says."""
 
-    tiles: tuple[EmbeddingTile, ...]
-    """In order of precedence: where two overlap, the first valid pixel counts."""
-    height: HeightSource | None
-    prior: HeightSource | None
+    grounds: tuple[Ground, ...]
+    """One a group."""
+
+    def ground(self, group: str) -> Ground:
+        """Of a group's name."""
+        return next(ground for ground in self.grounds if ground.grid.name == group)
+
+    @property
+    def files(self) -> dict[str, list[str]]:
+        """Hrefs of all `embeddings`, `height` and `prior`, each once, in order."""
+        found: dict[str, dict[str, None]] = {"embeddings": {}, "height": {}, "prior": {}}
+        for ground in self.grounds:
+            for tile in ground.embeddings.tiles:
+                found["embeddings"] |= dict.fromkeys(file.href for file in tile.files)
+            for key, source in (("height", ground.height), ("prior", ground.prior)):
+                found[key] |= dict.fromkeys(r.href for r in (source.rasters if source else ()))
+        return {key: list(hrefs) for key, hrefs in found.items()}
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The href of every file by what it is known by, wherever it lies: use, year and name."""
+        return {
+            f"{key} {parse_tile_name(href).year or ''} {href.rpartition('/')[2]}": href
+            for key, hrefs in self.files.items()
+            for href in hrefs
+        }
 
     def to_bytes(self) -> bytes:
         """JSON."""
@@ -37,52 +96,215 @@ class Sources:
         return TypeAdapter(cls).validate_json(data)
 
 
-def scan(settings: RegionSettings) -> tuple[Grid, Sources]:
-    """The grid of a region and the files that touch it, from headers alone.
+_SCANS: Mapping[str, Callable[[RegionSettings], list[EmbeddingTile]]] = {
+    "cog": scan_tiles,
+    "mosaic": scan_mosaic,
+    "earthengine": scan_exports,
+}
+
+
+def scan(settings: RegionSettings) -> Sources:
+    """The grids of a region and the files that touch them, from headers alone.
 
     Raises:
         InputError: a file is missing or is not what the settings say; files that do not fit the
             grid or each other; nothing that touches the grid.
     """
-    tiles = scan_tiles(settings)
-    grid = region_grid(settings, tiles)
-    touching = tuple(tile for tile in tiles if tile.touches(grid))
-    if not touching:
+    for key, wanted in (("height", settings.height), ("prior", settings.prior)):
+        if wanted:
+            check_datum(wanted.vertical_datum, key)
+    shapes = read_aoi(settings)
+    if settings.embeddings.source == "index":
+        tiles = scan_index(settings, search_boxes(settings, shapes))
+    else:
+        tiles = _SCANS[settings.embeddings.source](settings)
+    plots = lay_out(settings, tiles, shapes)
+    _refuse_missing_years(settings, plots)
+    grids = [plot.grid for plot in plots]
+    models = {
+        key: scan_heights(settings, wanted, grids, key) if wanted else None
+        for key, wanted in (("height", settings.height), ("prior", settings.prior))
+    }
+    _share_ground(settings, plots, models["height"])
+    grounds = tuple(_ground(settings, plot, models) for plot in plots)
+    return Sources(grounds)
+
+
+def _refuse_missing_years(settings: RegionSettings, plots: Sequence[Plot]) -> None:
+    have = {tile.year for plot in plots for tile in plot.tiles}
+    if missing := sorted(set(settings.embeddings.years) - have):
         raise InputError(
-            f"no tile touches the grid {list(grid.bounds)} ({grid.crs}); the first of the "
-            f"{len(tiles)} covers {list(tiles[0].grid.bounds)} ({tiles[0].grid.crs}): "
-            "mend grid.crs, grid.bounds or the href, or leave grid out"
+            f"embeddings.year: no tile of {missing} touches the region; there are {sorted(have)}"
         )
-    # Every tile is looked at, so that one off the lattice is met now.
-    placed = tuple(tile for tile in touching if tile.overlaps(grid))
-    if not placed:
-        raise InputError(f"no tile shares a pixel with the grid {list(grid.bounds)}")
-    heights = {}
-    for name, wanted in (("height", settings.height), ("prior", settings.prior)):
-        heights[name] = scan_heights(settings, wanted, grid, name) if wanted else None
-    _same_datum(settings)
-    _share_ground(grid, placed, heights["height"])
-    return grid, Sources(placed, heights["height"], heights["prior"])
+
+
+def _ground(
+    settings: RegionSettings, plot: Plot, models: Mapping[str, HeightSource | None]
+) -> Ground:
+    height, prior = (_narrowed(models[key], plot.grid) for key in ("height", "prior"))
+    if height and prior and settings.height and settings.prior and settings.prior.convert:
+        area = reproject_bounds(plot.grid.bounds, plot.grid.crs, "EPSG:4326")
+        shift = plan_shift(settings.prior.vertical_datum, settings.height.vertical_datum, area)
+        prior = replace(prior, shift=shift)
+    embeddings = EmbeddingSource(plot.tiles, settings.embeddings.access)
+    return Ground(plot.grid, plot.runs, embeddings, height, prior)
+
+
+def _narrowed(source: HeightSource | None, grid: Grid) -> HeightSource | None:
+    """Only the rasters that touch a grid."""
+    if source is None:
+        return None
+    kept = [
+        raster
+        for raster in source.rasters
+        if (there := place(raster, grid)) and there.intersect(Region(0, 0, *grid.shape))
+    ]
+    return replace(source, rasters=tuple(kept))
 
 
 def _share_ground(
-    grid: Grid, tiles: tuple[EmbeddingTile, ...], height: HeightSource | None
+    settings: RegionSettings, plots: Sequence[Plot], height: HeightSource | None
 ) -> None:
-    parts = [tile.placed(grid).intersect(whole(grid.shape)) for tile in tiles]
-    if height and not any(
-        touches(raster, grid.part(part)) for part in parts if part for raster in height.rasters
-    ):
-        raise InputError(
-            f"tiles and height both touch the grid {list(grid.bounds)}, but nowhere the same "
-            f"ground: {tiles[0].href} covers {list(tiles[0].grid.bounds)} ({grid.crs}), "
-            f"{height.rasters[0].href} {list(height.rasters[0].bounds)} ({height.rasters[0].crs})"
-        )
+    """Refuse heights that lie nowhere where tiles do."""
+    if height is None:
+        return
+    for plot in plots:
+        tiles = _places([tile.reaches(plot.grid) for tile in plot.tiles])
+        for raster in height.rasters:
+            there = place(raster, plot.grid)
+            if there and _meeting(tiles, there).any():
+                return
+    plot = plots[0]
+    tile, raster = plot.tiles[0], height.rasters[0]
+    raise InputError(
+        f"tiles and height both touch the grid {list(plot.grid.bounds)}, but nowhere the same "
+        f"ground: {tile.href} covers {list(tile.grid.bounds)} ({tile.grid.crs}), {raster.href} "
+        f"{list(raster.bounds)} ({raster.crs})"
+    )
 
 
-def _same_datum(settings: RegionSettings) -> None:
-    height, prior = settings.height, settings.prior
-    if height and prior and height.vertical_datum != prior.vertical_datum:
-        raise InputError(
-            f"height is in {height.vertical_datum}, prior in {prior.vertical_datum}; heights are "
-            "not yet converted between datums: bring both to one and name it in both settings"
-        )
+def _places(regions: Sequence[Region | None]) -> NDArray[np.int64]:
+    """(n, 4) first row, first column, row and column after the last; empty where there is none."""
+    rows = [(r.row, r.col, r.bottom, r.right) if r else (0, 0, 0, 0) for r in regions]
+    return np.array(rows, dtype=np.int64).reshape(-1, 4)
+
+
+def _meeting(places: NDArray[np.int64], region: Region) -> NDArray[np.bool_]:
+    """(n,) which places share a pixel with a region."""
+    top, left, bottom, right = places.T
+    meets: NDArray[np.bool_] = (
+        (top < region.bottom) & (region.row < bottom) & (left < region.right) & (region.col < right)
+    )
+    return meets
+
+
+class _Finder:
+    """The files of one layer of a group, found by where they lie."""
+
+    def __init__(self, files: Sequence[Any], places: Sequence[Region | None]) -> None:
+        self._files = files
+        self._places = _places(places)
+        self._digests = [_digest(file) for file in files]
+
+    def touching(self, shard: Shard) -> list[int]:
+        """Numbers of the files that a shard is made from, in order of precedence."""
+        found = np.flatnonzero(_meeting(self._places, shard.region))
+        return [i for i in map(int, found) if self._of_year(self._files[i], shard.year)]
+
+    @staticmethod
+    def _of_year(file: EmbeddingTile | Raster, year: int | None) -> bool:
+        return year is None or not isinstance(file, EmbeddingTile) or file.year == year
+
+    def chosen(self, shard: Shard) -> tuple[Any, ...]:
+        """Those files."""
+        return tuple(self._files[number] for number in self.touching(shard))
+
+    def digests(self, shard: Shard) -> list[str]:
+        """Their fingerprints."""
+        return [self._digests[i] for i in self.touching(shard)]
+
+
+def _digest(file: EmbeddingTile | Raster) -> str:
+    """Fingerprint of a file's header.
+
+    A local file is known by its name and size, not by its folder: data may move, and what was made
+    from it stays.
+    """
+    record = TypeAdapter(Any).dump_json(file).decode()
+    files = file.files if isinstance(file, EmbeddingTile) else (file,)
+    for path in (Path(each.href) for each in files):
+        if path.is_file():
+            known = f"{path.name} of {path.stat().st_size} bytes"
+            record = record.replace(json.dumps(str(path)), json.dumps(known))
+    return fingerprint(record)
+
+
+class Reader:
+    """What tasks and plans ask of sources: what a shard is made from, and its pixels."""
+
+    def __init__(self, sources: Sources) -> None:
+        self.sources = sources
+        self._finders: dict[tuple[str, str], _Finder] = {}
+
+    def inputs(self, shard: Shard) -> str:
+        """Fingerprint of all that a shard is made from: the headers of the files that touch it."""
+        ground = self.sources.ground(shard.group)
+        shift = ground.prior.shift if shard.layer == "prior" and ground.prior else None
+        named = TypeAdapter(Any).dump_python(shift, mode="json")
+        return fingerprint([self._finder(shard).digests(shard), named])
+
+    def read(self, shard: Shard) -> NDArray[Any]:
+        """The pixels of a shard: int8 codes (64, rows, columns) or metres (rows, columns).
+
+        Raises:
+            OSError: a file breaks off.
+            InputError: a file is not what its header says.
+        """
+        ground, files = self.sources.ground(shard.group), self._finder(shard).chosen(shard)
+        if shard.layer == "embedding":
+            assert shard.year is not None
+            source = replace(ground.embeddings, tiles=files)
+            return read_embeddings(source, ground.grid, shard.region, shard.year)
+        heights = {"height": ground.height, "prior": ground.prior}[shard.layer]
+        assert heights is not None
+        return read_heights(replace(heights, rasters=files), ground.grid, shard.region)
+
+    def bytes_to_read(self, shard: Shard) -> int:
+        """Raw bytes of the source pixels under a shard, as far as headers tell."""
+        ground, total = self.sources.ground(shard.group), 0
+        for file in self._finder(shard).chosen(shard):
+            there = (
+                file.reaches(ground.grid)
+                if isinstance(file, EmbeddingTile)
+                else place(file, ground.grid)
+            )
+            shared = there and there.intersect(shard.region)
+            if shared:
+                total += round(shared.size * _bytes_per_pixel(file, ground.grid))
+        return total
+
+    def _finder(self, shard: Shard) -> _Finder:
+        key = (shard.group, shard.layer)
+        if key not in self._finders:
+            self._finders[key] = self._find(self.sources.ground(shard.group), shard.layer)
+        return self._finders[key]
+
+    def _find(self, ground: Ground, layer: str) -> _Finder:
+        if layer == "embedding":
+            tiles = ground.embeddings.tiles
+            return _Finder(tiles, [tile.reaches(ground.grid) for tile in tiles])
+        source = {"height": ground.height, "prior": ground.prior}[layer]
+        rasters = source.rasters if source else ()
+        return _Finder(rasters, [place(raster, ground.grid) for raster in rasters])
+
+
+def _bytes_per_pixel(file: EmbeddingTile | Raster, grid: Grid) -> float:
+    """Source bytes under one pixel of the grid; of float32 heights, at the raster's middle."""
+    if isinstance(file, EmbeddingTile):
+        return float(BANDS)
+    west, south, east, north = file.bounds
+    (dx, dy), x, y = file.resolution, (west + east) / 2, (south + north) / 2
+    xs, ys = transformer(file.crs, grid.crs).transform([x, x + dx, x], [y, y, y + dy])
+    right, up = (xs[1] - xs[0], ys[1] - ys[0]), (xs[2] - xs[0], ys[2] - ys[0])
+    area = abs(right[0] * up[1] - right[1] * up[0])
+    return 4 * grid.resolution**2 / area if 0 < area < np.inf else 4.0

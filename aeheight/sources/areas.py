@@ -1,6 +1,7 @@
-"""Areas of ground that a split names: a share of the blocks, bounds, or a GeoJSON file."""
+"""Areas of ground that settings name: a share of the blocks, bounds, or a GeoJSON file."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from rasterio.warp import transform_geom
 from aeheight.errors import InputError
 from aeheight.grid import Grid
 from aeheight.settings import Bounds, RegionSettings
+
+_STEP = 0.05
+"""Degrees between the corners of an outline before it is moved to another CRS: there its straight
+lines are bent."""
 
 
 def read_area(
@@ -37,7 +42,7 @@ def read_area(
         west, south, east, north = wanted
         y, x = grid.y(), grid.x()
         return np.logical_and.outer((y > south) & (y < north), (x > west) & (x < east))
-    moved = _moved(settings, wanted, grid)
+    moved = _moved(read_shapes(settings, wanted, "split"), grid.crs, f"split: {wanted}")
     outside: NDArray[np.bool_] = geometry_mask(moved, grid.shape, grid.transform)
     return ~outside
 
@@ -49,15 +54,15 @@ def area_touches(settings: RegionSettings, wanted: Bounds | str, grid: Grid) -> 
         InputError: see `read_area`.
     """
     areas = (
-        [geometry_bounds(shape) for shape in _moved(settings, wanted, grid)]
-        if isinstance(wanted, str)
-        else [wanted]
+        [wanted]
+        if not isinstance(wanted, str)
+        else boxes(_moved(read_shapes(settings, wanted, "split"), grid.crs, f"split: {wanted}"))
     )
     west, south, east, north = grid.bounds
     return any(w < east and west < e and s < north and south < n for w, s, e, n in areas)
 
 
-def read_shapes(settings: RegionSettings, wanted: str) -> list[Any]:
+def read_shapes(settings: RegionSettings, wanted: str, key: str) -> list[Any]:
     """The polygons of a GeoJSON file, in degrees.
 
     Raises:
@@ -73,14 +78,95 @@ def read_shapes(settings: RegionSettings, wanted: str) -> list[Any]:
         )
         if not shapes or any("Polygon" not in shape["type"] for shape in shapes):
             raise ValueError("it holds other shapes, or none")
+        for west, south, east, north in map(geometry_bounds, shapes):
+            if not (-180 <= west <= east <= 180 and -90 <= south <= north <= 90):
+                raise ValueError(f"its bounds {[west, south, east, north]} are no degrees")
         return shapes
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"split: {path} is no GeoJSON with polygons: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise InputError(f"{key}: {path} is no GeoJSON with polygons: {error}") from error
 
 
-def _moved(settings: RegionSettings, wanted: str, grid: Grid) -> list[Any]:
-    shapes = read_shapes(settings, wanted)
+def read_aoi(settings: RegionSettings) -> list[Any] | None:
+    """The polygons of `aoi` in degrees, or None where it is not given.
+
+    Raises:
+        InputError: bounds that are no area in degrees; see also `read_shapes`.
+    """
+    if settings.aoi is None:
+        return None
+    if isinstance(settings.aoi, str):
+        return read_shapes(settings, settings.aoi, "aoi")
+    west, south, east, north = settings.aoi
+    if not (-180 <= west <= 180 and -180 <= east <= 180 and -90 <= south < north <= 90) or (
+        west == east
+    ):
+        raise InputError(
+            f"aoi {list(settings.aoi)} is no area in degrees; give [west, south, east, north] "
+            "(west above east: across the 180th meridian)"
+        )
+    boxes = [(west, east)] if west < east else [(west, 180.0), (-180.0, east)]
+    return [_rectangle((w, south, e, north)) for w, e in boxes]
+
+
+def _rectangle(bounds: Bounds) -> dict[str, Any]:
+    west, south, east, north = bounds
+    ring = [(west, south), (east, south), (east, north), (west, north), (west, south)]
+    return {"type": "Polygon", "coordinates": [ring]}
+
+
+def boxes(shapes: Sequence[Any]) -> list[Bounds]:
+    """The bounds of every polygon."""
+    return [geometry_bounds(shape) for shape in shapes]
+
+
+def clipped(bounds: Bounds, west: float, east: float) -> Bounds | None:
+    """Bounds in degrees between two meridians, which may be given past 180; None: nothing."""
+    for turn in (-360, 0, 360):
+        low, high = max(bounds[0] + turn, west), min(bounds[2] + turn, east)
+        if low < high:
+            return low, bounds[1], high, bounds[3]
+    return None
+
+
+def squares_inside(shapes: Sequence[Any], grid: Grid, edge: int) -> NDArray[np.bool_]:
+    """Which squares of a grid polygons in degrees touch, at a corner or inside.
+
+    Args:
+        shapes: GeoJSON polygons.
+        grid: is cut into squares from its north-western corner.
+        edge: of a square, in pixels.
+
+    Returns:
+        (rows of squares, columns of squares).
+    """
+    rows, cols = (-(-size // edge) for size in grid.shape)
+    board = Grid(grid.crs, grid.resolution * edge, grid.left, grid.top, (rows, cols))
+    moved = _moved(shapes, grid.crs, "aoi")
+    mask: NDArray[np.bool_] = geometry_mask(
+        moved, board.shape, board.transform, all_touched=True, invert=True
+    )
+    return mask
+
+
+def _moved(shapes: Sequence[Any], crs: str, name: str) -> list[Any]:
     try:
-        return [transform_geom("EPSG:4326", grid.crs, shape) for shape in shapes]
+        return [transform_geom("EPSG:4326", crs, _dense(shape)) for shape in shapes]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"split: {wanted} is no GeoJSON with polygons: {error}") from error
+        raise InputError(f"{name} is no GeoJSON with polygons: {error}") from error
+
+
+def _dense(shape: Any) -> Any:
+    """A polygon with corners every `_STEP` degrees along its edges."""
+    many = shape["coordinates"] if shape["type"] == "MultiPolygon" else [shape["coordinates"]]
+    rings = [[_dense_ring(ring) for ring in polygon] for polygon in many]
+    return {"type": "MultiPolygon", "coordinates": rings}
+
+
+def _dense_ring(ring: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+    corners = np.asarray([corner[:2] for corner in ring], dtype=np.float64)
+    lengths = np.abs(np.diff(corners, axis=0)).max(axis=1)
+    parts = [
+        np.linspace(a, b, max(int(np.ceil(length / _STEP)), 1), endpoint=False)
+        for a, b, length in zip(corners[:-1], corners[1:], lengths, strict=True)
+    ]
+    return [(float(x), float(y)) for x, y in np.concatenate([*parts, corners[-1:]])]

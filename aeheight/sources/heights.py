@@ -1,362 +1,305 @@
-"""Height models on any region of a grid: a finer source is averaged, a coarser one interpolated.
+"""Height models on any region of a grid: thousands of rasters, or STAC items, as one surface.
 
-Rasters go through rasterio's warper, STAC items through stackstac; both mask nodata, so that a
-missing neighbour takes no part in a mean or an interpolation. Missing heights are NaN.
+Rasters on one lattice are one mosaic: they are put together pixel by pixel before anything is
+averaged or interpolated, so that no seam shows where two meet. See `resample` for what follows.
 """
 
-import json
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import groupby
+from math import ceil, floor
+from typing import TypeVar
 
 import numpy as np
-import pystac
-import stackstac
-import xarray as xr
 from numpy.typing import NDArray
-from pyproj import Transformer
-from rasterio.enums import Resampling
-from rasterio.vrt import WarpedVRT
-from rasterio.windows import Window
 
 from aeheight.errors import InputError
-from aeheight.grid import Grid, crs_name, reproject_bounds
-from aeheight.settings import Bounds, HeightSettings, RegionSettings
-from aeheight.sources.files import find_files, geometry_problem, opened
-from aeheight.windows import Region, tile
+from aeheight.grid import Bounds, Grid, reproject_bounds, transformer
+from aeheight.settings import AccessSettings, HeightSettings, RegionSettings
+from aeheight.sources.datum import DatumShift, check_datum, shifted
+from aeheight.sources.files import find_files
+from aeheight.sources.rasters import Raster, Readers, place_problem, read_header
+from aeheight.sources.resample import Lattice, resample
+from aeheight.sources.stac import Item, find_items, item_raster, read_item, search_boxes
+from aeheight.windows import Region, whole
 
-_LOWEST, _HIGHEST = -1000.0, 9000.0
-"""Metres: no surface of the Earth lies outside; what does is a missing-value nobody declared."""
+__all__ = ["HeightSource", "Raster", "place", "read_heights", "scan_heights"]
 
+_THREADS = 16
+"""Headers read at once: it is waiting, not computing."""
 
-_TOLERANCE = 1e-6
-"""Source pixels: an exact transform (0 is refused)."""
+_SHARED = 1e-2
+"""Pixels: rasters lie on one lattice if no corner is further off."""
 
-_CELL = 256
-"""Pixels: heights are warped on whole squares of the grid, so that they do not depend on the cut.
-
-GDAL takes the scale from a target's shape, and is wrong by metres on one of a few pixels.
-"""
-
-
-_NO_STAC = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    pystac.STACError,
-    pystac.STACTypeError,
-)
-"""What pystac raises for text that is no STAC."""
-
-
-@dataclass(frozen=True, slots=True)
-class Raster:
-    """One single-band raster, or the asset of one STAC item."""
-
-    href: str
-    crs: str
-    bounds: Bounds
-    """In its own CRS."""
-    resolution: float
-    """Edge of a pixel in units of its own CRS (the larger one)."""
-    nodata: float | None
-    """What a missing pixel holds; None: NaN."""
-    item: dict[str, Any] | None = None
-    """What stackstac needs of a STAC item: `id`, `properties.datetime` and the one asset."""
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class HeightSource:
-    """Every raster of one height model that touches the grid."""
+    """Every raster of one height model that touches the grids."""
 
     rasters: tuple[Raster, ...]
-    """In order of precedence: where two overlap, the first valid pixel counts."""
+    """In order of precedence: where two overlap, the first valid pixel counts. Those of one mosaic
+    lie together, where the first of them was named."""
+    access: AccessSettings
+    shift: DatumShift | None
+    """Conversion to the cube's vertical datum; None: none is needed."""
+
+
+# --- the plan: headers and items ----------------------------------------------------------------
 
 
 def scan_heights(
-    settings: RegionSettings, wanted: HeightSettings, grid: Grid, key: str
+    settings: RegionSettings, wanted: HeightSettings, grids: Sequence[Grid], key: str
 ) -> HeightSource:
-    """The rasters of a height model that touch the grid, from headers alone.
+    """The rasters of a height model that touch a grid, from headers and items alone.
+
+    Args:
+        settings: resolves relative hrefs.
+        wanted: the height model.
+        grids: of all groups.
+        key: `height` or `prior`, for messages.
 
     Raises:
-        InputError: see `sources.scan`.
+        InputError: a file or item is missing or is no height model of the settings' kind; nothing
+            touches the grids.
     """
+    check_datum(wanted.vertical_datum, f"{key}.vertical_datum")
     scan = _scan_stac if wanted.source == "stac" else _scan_rasters
-    rasters = scan(settings, wanted, key)
-    touching = tuple(raster for raster in rasters if touches(raster, grid))
+    rasters = scan(settings, wanted, grids, key)
+    touching = [r for r in rasters if any(place(r, grid) is not None for grid in grids)]
     if not touching:
         raise InputError(
-            f"{key}: none of its {len(rasters)} rasters touches the grid {list(grid.bounds)} "
-            f"({grid.crs}); the first covers {list(rasters[0].bounds)} ({rasters[0].crs}): "
+            f"{key}: none of its {len(rasters)} rasters touches the grid {list(grids[0].bounds)} "
+            f"({grids[0].crs}); the first covers {list(rasters[0].bounds)} ({rasters[0].crs}): "
             "embeddings and heights must share ground"
         )
-    return HeightSource(touching)
+    return HeightSource(_mosaics(touching), wanted.access, None)
 
 
-def touches(raster: Raster, grid: Grid) -> bool:
-    """Whether the bounds meet, in the raster's CRS: the raster may be the whole world's."""
+def _scan_rasters(
+    settings: RegionSettings, wanted: HeightSettings, _grids: Sequence[Grid], key: str
+) -> list[Raster]:
+    hrefs = find_files(settings, wanted.href, key, wanted.access)
+    return _together(lambda href: read_header(href, wanted, key), hrefs)
+
+
+def _scan_stac(
+    settings: RegionSettings, wanted: HeightSettings, grids: Sequence[Grid], key: str
+) -> list[Raster]:
+    areas = [reproject_bounds(grid.bounds, grid.crs, "EPSG:4326") for grid in grids]
+    items = find_items(settings, wanted, list(search_boxes(areas)), key)
+    return _together(lambda item: _item(item, wanted, key), items)
+
+
+def _item(item: Item, wanted: HeightSettings, key: str) -> Raster:
+    """From the item alone where its asset is far away, else checked against the file's header."""
+    told, lacks = item_raster(item, wanted, key)
+    if lacks is None and "://" in told.href:
+        return told
     try:
-        west, south, east, north = reproject_bounds(grid.bounds, grid.crs, raster.crs)
+        header = read_header(told.href, wanted, key)
+    except InputError as error:
+        lacking = f" lacks {lacks}, and its" if lacks else "'s"
+        raise InputError(f"{key}: STAC item {item.id}{lacking} asset: {error}") from error
+    if lacks is None and (problem := place_problem(header, told)):
+        raise InputError(f"{key}: STAC item {item.id}: {told.href}: {problem}")
+    nodata = told.nodata if header.nodata is None else header.nodata
+    return replace(header, item=told.item, nodata=nodata)
+
+
+def _together(work: Callable[[_T], Raster], what: Sequence[_T]) -> list[Raster]:
+    """In order; of several errors the first in order."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        futures = [pool.submit(work, one) for one in what]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _mosaics(rasters: Sequence[Raster]) -> tuple[Raster, ...]:
+    """The rasters with their lattices, those of one lattice together.
+
+    Found here, for all of them: a task knows only some, and must find the same.
+    """
+    lattices: dict[tuple[str, str, str], list[tuple[Raster, list[Raster]]]] = {}
+    order: list[list[Raster]] = []
+    for raster in rasters:
+        width, height = (f"{size:.4g}" for size in raster.resolution)
+        alike = lattices.setdefault((raster.crs, width, height), [])
+        members = next((mine for first, mine in alike if _congruent(raster, first)), None)
+        if members is None:
+            members = []
+            alike.append((raster, members))
+            order.append(members)
+        members.append(raster)
+    return tuple(
+        replace(raster, mosaic=_rounded(members[0])) for members in order for raster in members
+    )
+
+
+def _congruent(raster: Raster, first: Raster) -> bool:
+    """Whether all corners are corners of the other's pixels."""
+    dx, dy = first.resolution
+    off = np.subtract(raster.bounds, first.bounds) / (dx, dy, dx, dy)
+    return bool(np.abs(off - np.round(off)).max() < _SHARED) and _as_many(raster, first)
+
+
+def _as_many(raster: Raster, first: Raster) -> bool:
+    """Whether the raster spans as many of the other's pixels as of its own."""
+    west, south, east, north = raster.bounds
+    spans = (north - south) / first.resolution[1], (east - west) / first.resolution[0]
+    return bool(np.abs(np.subtract(spans, raster.shape)).max() < 2 * _SHARED)
+
+
+def _rounded(raster: Raster) -> tuple[float, float, float, float]:
+    """Sizes and corner of a lattice, whichever of its rasters is asked (but for untidy headers)."""
+    dx, dy = (float(f"{size:.14g}") for size in raster.resolution)
+    left, _, _, top = raster.bounds
+    return dx, dy, round(left / dx % 1, 9) % 1 * dx, round(top / dy % 1, 9) % 1 * dy
+
+
+# --- where rasters lie --------------------------------------------------------------------------
+
+
+def place(raster: Raster, grid: Grid) -> Region | None:
+    """The pixels of a grid that a raster may touch; None: none.
+
+    Never too few: grown by the pixel that an interpolation reaches and by what bounds in another
+    CRS may miss.
+    """
+    found = [
+        region
+        for part in _shared_bounds(raster, grid)
+        for region in _pixels(part, raster.crs, grid)
+        if region
+    ]
+    if not found:
+        return None
+    row, col = min(r.row for r in found), min(r.col for r in found)
+    bottom, right = max(r.bottom for r in found), max(r.right for r in found)
+    return Region(row, col, bottom - row, right - col)
+
+
+def _shared_bounds(raster: Raster, grid: Grid) -> Iterator[Bounds]:
+    """What a raster, grown by a pixel, and the grid share, in the raster's CRS."""
+    lattice, (west, south, east, north) = raster.own_lattice, raster.bounds
+    west, east = west - lattice.dx, east + lattice.dx
+    south, north = south - lattice.dy, north + lattice.dy
+    for w, s, e, n in _seen_from(grid, raster.crs):
+        for turn in (-360.0, 0.0, 360.0) if lattice.turn else (0.0,):
+            left, right = max(west, w + turn), min(east, e + turn)
+            if left < right and max(south, s) < min(north, n):
+                yield left, max(south, s), right, min(north, n)
+
+
+@lru_cache(maxsize=1024)
+def _seen_from(grid: Grid, crs: str) -> tuple[Bounds, ...]:
+    """A grid's bounds in another CRS: two across the 180th meridian, endless where unknown."""
+    try:
+        bounds = reproject_bounds(grid.bounds, grid.crs, crs)
     except InputError:
-        return False
-    w, s, e, n = raster.bounds
-    across = [(west, east)] if west <= east else [(west, 180.0), (-180.0, east)]
-    return south < n and s < north and any(left < e and w < right for left, right in across)
+        return ((-np.inf, -np.inf, np.inf, np.inf),)
+    return tuple(search_boxes([bounds]))
 
 
-def _scan_rasters(settings: RegionSettings, wanted: HeightSettings, key: str) -> list[Raster]:
-    return [_header(href, wanted.nodata, key) for href in find_files(settings, wanted.href, key)]
-
-
-def _header(href: str, nodata: float | None, key: str) -> Raster:
-    with opened(href) as dataset:
-        if problem := _problem(dataset):
-            raise InputError(f"{key}: {href}: {problem}")
-        transform, (west, one, east, other) = dataset.transform, dataset.bounds
-        declared = dataset.nodata if dataset.nodata is not None else nodata
-        if nodata is not None and declared != nodata:
-            raise InputError(
-                f"{key}: {href} declares {declared:g} as its missing-value, `nodata` says "
-                f"{nodata:g}; leave `nodata` out, or mend the file (gdal_edit.py -a_nodata)"
-            )
-        return Raster(
-            href,
-            crs_name(dataset.crs),
-            (west, min(one, other), east, max(one, other)),
-            max(abs(transform.a), abs(transform.e)),
-            None if declared is None or np.isnan(declared) else declared,
+def _pixels(bounds: Bounds, crs: str, grid: Grid) -> Iterator[Region | None]:
+    every = whole(grid.shape)
+    if crs == grid.crs:
+        west, south, east, north = bounds
+    else:
+        slack = 1e-3 * max(bounds[2] - bounds[0], bounds[3] - bounds[1])
+        west, south, east, north = transformer(crs, grid.crs).transform_bounds(
+            bounds[0] - slack, bounds[1] - slack, bounds[2] + slack, bounds[3] + slack
         )
-
-
-def _problem(dataset: Any) -> str | None:
-    if dataset.count != 1:
-        return f"it has {dataset.count} bands; a height model has one"
-    scale, offset = dataset.scales[0], dataset.offsets[0]
-    if (scale, offset) != (1, 0):
-        return (
-            f"its values are to be scaled ({scale:g}) and shifted ({offset:g}); write plain "
-            "metres first, for example with gdal_translate -unscale -ot Float32"
+    if not np.isfinite([west, south, east, north]).all():
+        yield every
+        return
+    across = Lattice.of(grid).turn is not None
+    east = east + 360 if across and west > east else east
+    for turn in (-360.0, 0.0, 360.0) if across else (0.0,):
+        (top, left), (bottom, right) = (
+            grid.offset(west + turn, north),
+            grid.offset(east + turn, south),
         )
-    return geometry_problem(dataset)
+        row, col = floor(top) - 1, floor(left) - 1
+        yield Region(row, col, ceil(bottom) + 1 - row, ceil(right) + 1 - col).intersect(every)
 
 
-def _scan_stac(settings: RegionSettings, wanted: HeightSettings, key: str) -> list[Raster]:
-    hrefs = [wanted.href] if isinstance(wanted.href, str) else wanted.href
-    items = [item for href in hrefs for item in _items(settings.resolve(href), key)]
-    if not items:
-        raise InputError(f"{key}.href: {wanted.href!r} holds no STAC item")
-    rasters = []
-    for item in items:
-        if wanted.asset not in item.assets:
-            raise InputError(
-                f"{key}: STAC item {item.id} has no asset {wanted.asset!r}; it has "
-                f"{sorted(item.assets)}: name one in {key}.asset"
-            )
-        item.make_asset_hrefs_absolute()
-        rasters.append(_item_raster(item, wanted, key))
-    return rasters
-
-
-def _items(href: str, key: str) -> list[pystac.Item]:
-    try:
-        text = pystac.StacIO.default().read_text(href)
-        described = json.loads(text)
-        if described.get("type") == "FeatureCollection":
-            items = [pystac.Item.from_dict(feature) for feature in described["features"]]
-            for item in items:
-                if item.get_self_href() is None:
-                    item.set_self_href(href)
-            return items
-        opened_object = pystac.read_file(href)
-        if isinstance(opened_object, pystac.Item):
-            return [opened_object]
-        assert isinstance(opened_object, pystac.Catalog)
-        return list(opened_object.get_items(recursive=True))
-    except _NO_STAC as error:
-        raise InputError(
-            f"{key}.href: {href} cannot be read as STAC ({error}); give a catalogue, collection, "
-            "item or item collection, or use source: raster"
-        ) from error
-
-
-def _item_raster(item: pystac.Item, wanted: HeightSettings, key: str) -> Raster:
-    """From the item alone where it has the projection extension, else from the file's header."""
-    asset = item.assets[wanted.asset]
-    if "://" not in asset.href and not Path(asset.href).exists():
-        raise InputError(
-            f"{key}: asset {wanted.asset!r} of STAC item {item.id} is missing at {asset.href}"
-        )
-    about = item.properties | asset.extra_fields
-    code = about.get("proj:code") or (about.get("proj:epsg") and f"EPSG:{about['proj:epsg']}")
-    transform, shape = about.get("proj:transform"), about.get("proj:shape")
-    when = item.to_dict(include_self_link=False, transform_hrefs=False)["properties"]["datetime"]
-    plain = {
-        "id": item.id,
-        "properties": {"datetime": when},
-        "assets": {wanted.asset: {"href": asset.href}},
-    }
-    if not (code and transform and shape):
-        header = _header(asset.href, wanted.nodata, key)
-        return Raster(
-            header.href, header.crs, header.bounds, header.resolution, header.nodata, plain
-        )
-    dx, _, left, _, dy, top = transform[:6]
-    bottom, right = top + dy * shape[0], left + dx * shape[1]
-    bounds = (left, min(top, bottom), right, max(top, bottom))
-    return Raster(asset.href, crs_name(code), bounds, max(abs(dx), abs(dy)), wanted.nodata, plain)
+# --- reading ------------------------------------------------------------------------------------
 
 
 def read_heights(source: HeightSource, grid: Grid, region: Region) -> NDArray[np.float32]:
-    """Heights of a region: (rows, columns) float32 metres, NaN where there is none.
+    """Heights of a region, in the cube's vertical datum.
+
+    Memory: about 50 MB beside the result, whatever the region and however fine the source (and
+    GDAL's block cache). A file stays open while the region is read, so that a block under two
+    squares is decoded once, as long as GDAL's cache holds a row of squares.
 
     Args:
-        source: from `scan_heights`.
+        source: from `scan_heights`; of its rasters those may be left out whose `place` does not
+            meet the region.
         grid: the whole grid.
         region: pixels of it.
 
+    Returns:
+        (rows, columns) float32 metres, NaN where there is none.
+
     Raises:
         OSError: a file breaks off.
-        InputError: a height that no ground on Earth has.
+        InputError: a file is not what was planned with, or holds a height that no ground has.
     """
     out = np.full(region.shape, np.nan, dtype=np.float32)
-    cover = _cover(region)
-    for raster in source.rasters:
-        if touches(raster, grid.part(region)) and np.isnan(out).any():
-            how = _resampling(raster, grid)
-            # stackstac knows a CRS by its EPSG code only.
-            by_stac = raster.item is not None and grid.crs.startswith("EPSG:")
-            values = (_stack if by_stac else _warp)(raster, grid, cover, how)
-            values = _plausible(values[region.within(cover).slices], raster.href)
-            np.copyto(out, values, where=np.isnan(out))
-    return out
+    with Readers(source.access) as readers:
+        for lattice, members in groupby(source.rasters, key=lambda raster: raster.lattice):
+            near = [(raster, place(raster, grid)) for raster in members]
+            mosaic = _Mosaic(lattice, [raster for raster, there in near if there], readers)
+            wanted = np.isnan(out) & _covered([there for _, there in near], region)
+            found = resample(lattice, grid, region, wanted, mosaic.read)
+            np.copyto(out, found, where=np.isnan(out))
+    return shifted(source.shift, out, grid, region) if source.shift else out
 
 
-def _cover(region: Region) -> Region:
-    """The whole cells that hold a region."""
-    row, col = region.row // _CELL * _CELL, region.col // _CELL * _CELL
-    height, width = region.bottom - row, region.right - col
-    return Region(row, col, -(-height // _CELL) * _CELL, -(-width // _CELL) * _CELL)
+def _covered(places: Sequence[Region | None], region: Region) -> NDArray[np.bool_]:
+    covered = np.zeros(region.shape, dtype=bool)
+    for there in places:
+        if shared := there and there.intersect(region):
+            covered[shared.within(region).slices] = True
+    return covered
 
 
-def _plausible(values: NDArray[np.float32], href: str) -> NDArray[np.float32]:
-    strange = values[(values < _LOWEST) | (values > _HIGHEST)]
-    if strange.size:
-        raise InputError(
-            f"{href}: {strange.size} heights like {strange[0]:g} m lie outside "
-            f"{_LOWEST:g} to {_HIGHEST:g} m; if that is a missing-value that the file does not "
-            "declare, name it in `nodata`"
-        )
-    return values
+class _Mosaic:
+    """Rasters of one lattice as one array without an end."""
 
+    def __init__(self, lattice: Lattice, rasters: Sequence[Raster], readers: Readers) -> None:
+        turn = lattice.whole_turn
+        self._readers = readers
+        self._placed = [
+            (raster, replace(raster.place, col=raster.place.col + shift))
+            for raster in rasters
+            for shift in ((0, -turn, turn) if turn else (0,))
+        ]
 
-def _resampling(raster: Raster, grid: Grid) -> Resampling:
-    """Average a finer source, interpolate a coarser one; the same lattice is copied.
-
-    Asked of the whole grid, so that it does not depend on the cut.
-    """
-    west, south, east, north = grid.bounds
-    x, y, step = (west + east) / 2, (south + north) / 2, grid.resolution
-    xs, ys = Transformer.from_crs(grid.crs, raster.crs, always_xy=True).transform(
-        [x, x + step, x], [y, y, y + step]
-    )
-    pixel = min(np.hypot(xs[1] - xs[0], ys[1] - ys[0]), np.hypot(xs[2] - xs[0], ys[2] - ys[0]))
-    ratio = raster.resolution / pixel
-    if ratio < 0.999:
-        return Resampling.average
-    row, col = grid.offset(raster.bounds[0], raster.bounds[3])
-    aligned = abs(row - round(row)) < 1e-6 and abs(col - round(col)) < 1e-6
-    if raster.crs == grid.crs and ratio < 1.001 and aligned:
-        return Resampling.nearest
-    return Resampling.bilinear
-
-
-def _warp(raster: Raster, grid: Grid, cover: Region, how: Resampling) -> NDArray[np.float32]:
-    """Whole cells of a grid, each warped on its own."""
-    out = np.empty(cover.shape, dtype=np.float32)
-    with opened(raster.href) as dataset:
-        if problem := _problem(dataset):
-            raise InputError(f"{raster.href}: {problem}")
-        missing = dataset.nodata if dataset.nodata is not None else raster.nodata
-        for cell in tile(cover.shape, _CELL):
-            place = Region(cover.row + cell.row, cover.col + cell.col, *cell.shape)
-            target = grid.part(place)
-            out[cell.slices] = _warp_cell(dataset, target, how, missing)
-            if missing is None and how is Resampling.average:
-                # One missing-value among many heights gives a mean that looks like a height.
-                for extreme in (Resampling.min, Resampling.max):
-                    _plausible(_warp_cell(dataset, target, extreme, missing), raster.href)
-    return out
-
-
-def _warp_cell(
-    dataset: Any, target: Grid, how: Resampling, missing: float | None
-) -> NDArray[np.float32]:
-    with WarpedVRT(
-        dataset,
-        crs=target.crs,
-        transform=target.transform,
-        height=target.shape[0],
-        width=target.shape[1],
-        src_nodata=np.nan if missing is None else missing,
-        nodata=np.nan,
-        dtype="float32",
-        resampling=how,
-        tolerance=_TOLERANCE,
-    ) as warped:
-        values: NDArray[np.float32] = warped.read(1)
+    def read(self, window: Region) -> NDArray[np.float32] | None:
+        """Pixels of a window, the first valid of all rasters; None: no raster lies there."""
+        values: NDArray[np.float32] | None = None
+        for raster, there in self._placed:
+            shared = there.intersect(window)
+            if shared is None:
+                continue
+            if values is None:
+                values = np.full(window.shape, np.nan, dtype=np.float32)
+            target = values[shared.within(window).slices]
+            if np.isnan(target).any():
+                found = self._part(raster, shared.within(there))
+                np.copyto(target, found, where=np.isnan(target))
         return values
 
-
-def _stack(raster: Raster, grid: Grid, cover: Region, how: Resampling) -> NDArray[np.float32]:
-    """The same by stackstac: a chunk is a cell."""
-    assert raster.item is not None
-    target, epsg = grid.part(cover), int(grid.crs.removeprefix("EPSG:"))
-    # What does not touch is left out already: stackstac need not guess where the asset lies.
-    place = {"proj:epsg": epsg, "proj:bbox": list(target.bounds)}
-    stack: xr.DataArray = stackstac.stack(
-        [raster.item | {"properties": raster.item["properties"] | place}],
-        assets=list(raster.item["assets"]),
-        epsg=epsg,
-        resolution=target.resolution,
-        bounds=target.bounds,
-        snap_bounds=False,
-        xy_coords="center",
-        resampling=how,
-        dtype=np.dtype("float32"),
-        fill_value=np.float32(np.nan),
-        rescale=False,
-        sortby_date=False,
-        properties=False,
-        band_coords=False,
-        chunksize=_CELL,
-        reader=partial(_Reader, raster, grid, cover, how),
-    )
-    values: NDArray[np.float32] = (
-        stack.isel(time=0, band=0).compute(scheduler="synchronous").to_numpy()
-    )
-    if values.shape != cover.shape:
-        raise AssertionError(f"stackstac gave {values.shape} for {cover.shape}")
-    return values
-
-
-class _Reader:
-    """How stackstac reads an asset: by the same warp as any raster.
-
-    Its own reader is up to an eighth of a source pixel off, resamples before a missing-value can be
-    named, and takes a file that is gone (404) for one without a height.
-    """
-
-    def __init__(
-        self, raster: Raster, grid: Grid, cover: Region, how: Resampling, **_plan: Any
-    ) -> None:
-        self._asset = raster, grid
-        self._cover, self._how = cover, how
-
-    def read(self, window: Window) -> NDArray[np.float32]:
-        """A chunk; `window` counts from the stack's corner."""
-        row, col = self._cover.row + int(window.row_off), self._cover.col + int(window.col_off)
-        cell = Region(row, col, int(window.height), int(window.width))
-        return _warp(*self._asset, cell, self._how)
+    def _part(self, raster: Raster, part: Region) -> NDArray[np.float32]:
+        # stackstac knows a CRS by its EPSG code only.
+        if raster.item is not None and raster.crs.startswith("EPSG:"):
+            return read_item(raster, part, self._readers)
+        return self._readers.read(raster, part)

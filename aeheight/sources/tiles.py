@@ -1,43 +1,61 @@
-"""AlphaEarth tiles: what their headers promise, and their codes on any region of the lattice.
+"""AlphaEarth tiles: what their headers promise, and their codes on any region of a grid.
 
 Tiles come bottom-up (positive dy in the transform) from Google and north-up from exports; both are
 read by integer pixel windows and flipped where needed, so that codes are copied, never resampled.
+Past the edge of a UTM zone, where a zone's own tiles end, the nearest pixel of the neighbouring
+zone stands in: its code is copied too, from up to half a pixel away.
 """
 
-import json
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from math import ceil, floor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from rasterio.windows import Window
 
-from aeheight.embeddings import BANDS, NODATA, encode, parse_tile_name, valid
+from aeheight.embeddings import BANDS, NODATA, encode, parse_tile_name
 from aeheight.errors import InputError
-from aeheight.grid import Grid, crs_name, reproject_bounds
-from aeheight.settings import Bounds, RegionSettings
+from aeheight.grid import Grid, crs_name, reproject_bounds, transformer
+from aeheight.settings import AccessSettings, RegionSettings
 from aeheight.sources.files import find_files, geometry_problem, opened
-from aeheight.windows import Region, whole
+from aeheight.sources.mosaic import read_mosaic
+from aeheight.windows import Region
 
 _FLOATS = ("float32", "float64")
-_STRIP = 256
-"""Rows of a float export that are held at once."""
+_STRIP = 64
+"""Rows whose coordinates in another zone are held at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class TileFile:
+    """One file of a tile."""
+
+    href: str
+    bands: tuple[int, ...] = ()
+    """The embedding band (0 to 63) that each of its bands holds, in order; empty: all 64."""
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingTile:
-    """One raster of 64 bands, as its header describes it."""
+    """All 64 bands of some ground in one year, as headers or an index describe them."""
 
-    href: str
+    files: tuple[TileFile, ...]
+    """One file, or several that hold some of the bands each."""
     grid: Grid
-    """Its pixels, north-up, whichever way up the file is."""
-    bottom_up: bool
-    """Whether the file's first row is the southernmost."""
+    """Its pixels, north-up, whichever way up the files are."""
     year: int
-    dtype: str
-    """`int8` codes, or a float export that is quantised when read."""
+    kind: Literal["raster", "zarr"] = "raster"
+    block: int = 1
+    """Edge of the squares it is stored in, counted from its corners, in pixels; 1: unknown."""
+
+    @property
+    def href(self) -> str:
+        """The (first) file."""
+        return self.files[0].href
 
     def placed(self, grid: Grid) -> Region:
         """The tile as a region of `grid` (which it may reach past).
@@ -61,18 +79,32 @@ class EmbeddingTile:
             )
         return Region(round(row), round(col), *self.grid.shape)
 
-    def touches(self, grid: Grid) -> bool:
-        """Whether the bounds meet, in the grid's CRS."""
+    def reaches(self, grid: Grid) -> Region | None:
+        """The pixels of `grid`'s lattice that the tile may touch, exact in its own CRS.
+
+        None where it cannot be shown in the grid's CRS.
+        """
+        if self.grid.crs == grid.crs:
+            return self.placed(grid)
         try:
             west, south, east, north = reproject_bounds(self.grid.bounds, self.grid.crs, grid.crs)
         except InputError:
-            return False
-        w, s, e, n = grid.bounds
-        return west < e and w < east and south < n and s < north
+            return None
+        if not west < east:
+            return None
+        (top, left), (bottom, right) = grid.offset(west, north), grid.offset(east, south)
+        row, col = floor(top) - 1, floor(left) - 1
+        return Region(row, col, ceil(bottom) + 1 - row, ceil(right) + 1 - col)
 
-    def overlaps(self, grid: Grid) -> bool:
-        """Whether the tile shares a pixel with the grid; see `placed` for errors."""
-        return self.placed(grid).intersect(whole(grid.shape)) is not None
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingSource:
+    """The tiles of one grid."""
+
+    tiles: tuple[EmbeddingTile, ...]
+    """In order of precedence: where two overlap, the first valid pixel counts; those of the grid's
+    own zone come first."""
+    access: AccessSettings = field(default_factory=AccessSettings)
 
 
 def scan_tiles(settings: RegionSettings) -> list[EmbeddingTile]:
@@ -82,49 +114,73 @@ def scan_tiles(settings: RegionSettings) -> list[EmbeddingTile]:
         InputError: see `sources.scan`.
     """
     wanted = settings.embeddings
-    if wanted.source != "cog":
-        raise InputError(
-            f"embeddings.source {wanted.source!r} cannot be read yet; download the tiles and "
-            "give them with source: cog"
-        )
-    hrefs = find_files(settings, wanted.href, "embeddings")
+    hrefs = find_files(settings, wanted.href, "embeddings", wanted.access)
     named = {href: parse_tile_name(Path(href).as_posix()).year for href in hrefs}
     have = {year for known in named.values() for year in ([known] if known else wanted.years)}
     if missing := sorted(set(wanted.years) - have):
         raise InputError(
             f"embeddings.year: no tile of {missing} among {wanted.href!r}; there are {sorted(have)}"
         )
-    return [
-        tile
+    tiles = [
+        _scan_tile(href, named[href], wanted.years, wanted.access)
         for href in hrefs
         if named[href] is None or named[href] in wanted.years
-        for tile in _scan_tile(href, named[href], wanted.years)
     ]
+    refuse_doubles([tile for tile in tiles if named[tile.href] is None])
+    return tiles
 
 
-def _scan_tile(href: str, named: int | None, years: tuple[int, ...]) -> list[EmbeddingTile]:
-    """The tile, once for every year that it may stand for."""
+def refuse_doubles(tiles: Sequence[EmbeddingTile]) -> None:
+    """Meet tiles of several years that do not say so.
+
+    Raises:
+        InputError: two tiles of one year cover exactly the same ground; names them.
+    """
+    counts = Counter((tile.grid, tile.year) for tile in tiles)
+    for (grid, year), count in counts.items():
+        if count > 1:
+            same = [t.href for t in tiles if (t.grid, t.year) == (grid, year)]
+            raise InputError(
+                f"{same[0]} and {same[1]} cover the same ground, and their paths name no year: "
+                f"both would count as {year}; name the tiles of one year only, or lay them in "
+                "folders YEAR/ZONE/"
+            )
+
+
+def _scan_tile(
+    href: str, named: int | None, years: tuple[int, ...], access: AccessSettings
+) -> EmbeddingTile:
     if named is None and len(years) > 1:
         raise InputError(
             f"{href}: its path names no year, and the settings ask for {list(years)}; lay the "
             "tiles in folders YEAR/ZONE/, or read one year"
         )
-    with opened(href) as dataset:
-        problem = _problem(dataset)
-        if problem:
-            raise InputError(f"{href} is no AlphaEarth tile: {problem}")
-        transform, bottom_up = dataset.transform, dataset.transform.e > 0
-        top = transform.f + transform.e * dataset.height if bottom_up else transform.f
-        grid = Grid(crs_name(dataset.crs), transform.a, transform.c, top, dataset.shape)
-        return [EmbeddingTile(href, grid, bottom_up, named or years[0], dataset.dtypes[0])]
+    with opened(href, access) as dataset:
+        if dataset.count != BANDS:
+            raise InputError(
+                f"{href} is no AlphaEarth tile: {dataset.count} bands instead of {BANDS}"
+            )
+        return EmbeddingTile(
+            (TileFile(href),), header_grid(dataset, href), named or years[0], block=_block(dataset)
+        )
 
 
-def _problem(dataset: Any) -> str | None:
+def header_grid(dataset: Any, href: str) -> Grid:
+    """The pixels of an open raster of embeddings, north-up.
+
+    Raises:
+        InputError: values, nodata or pixels that no tile has; or the file is cut short.
+    """
+    problem = geometry_problem(dataset) or _value_problem(dataset) or _cut_short(dataset)
+    if problem:
+        raise InputError(f"{href} is no AlphaEarth tile: {problem}")
+    transform = dataset.transform
+    top = transform.f + max(transform.e, 0) * dataset.height
+    return Grid(crs_name(dataset.crs), transform.a, transform.c, top, dataset.shape)
+
+
+def _value_problem(dataset: Any) -> str | None:
     kinds = set(dataset.dtypes)
-    if problem := geometry_problem(dataset):
-        return problem
-    if dataset.count != BANDS:
-        return f"{dataset.count} bands instead of {BANDS}"
     if len(kinds) > 1 or not kinds & {"int8", *_FLOATS}:
         return f"values are {', '.join(sorted(kinds))} instead of int8 (or a float export)"
     if kinds == {"int8"} and dataset.nodata not in (None, NODATA):
@@ -135,120 +191,173 @@ def _problem(dataset: Any) -> str | None:
     return None
 
 
-def region_grid(settings: RegionSettings, tiles: list[EmbeddingTile]) -> Grid:
-    """The grid that the settings give, or else the tiles' own lattice around all of them.
-
-    Raises:
-        InputError: the tiles do not fix one grid, or `aoi` misses them.
-    """
-    if settings.grid:
-        wanted = settings.grid
-        return Grid.from_bounds(wanted.crs, wanted.resolution, wanted.bounds)
-    kinds = sorted({(tile.grid.crs, tile.grid.resolution) for tile in tiles})
-    if len(kinds) > 1:
-        raise InputError(
-            f"the tiles lie in several CRS or resolutions ({kinds}); give one of them in `grid`, "
-            "and the tiles of that zone in embeddings.href"
+def _cut_short(dataset: Any) -> str | None:
+    """Whether a local TIFF ends before its last block, by the offsets in its header."""
+    path = Path(dataset.name)
+    if dataset.driver != "GTiff" or not path.is_file():
+        return None
+    height, width = dataset.block_shapes[0]
+    last = f"{(dataset.width - 1) // width}_{(dataset.height - 1) // height}"
+    ends = [0]
+    for band in dataset.indexes:
+        for block in ("0_0", last):
+            start = dataset.get_tag_item(f"BLOCK_OFFSET_{block}", "TIFF", bidx=band)
+            size = dataset.get_tag_item(f"BLOCK_SIZE_{block}", "TIFF", bidx=band)
+            ends.append(int(start or 0) + int(size or 0))
+    if max(ends) > path.stat().st_size:
+        return (
+            f"it is cut short: {path.stat().st_size} bytes, and its header promises at least "
+            f"{max(ends)}; copy it again"
         )
-    first = tiles[0].grid
-    placed = [tile.placed(first) for tile in tiles]
-    top, left = min(r.row for r in placed), min(r.col for r in placed)
-    cover = Region(
-        top, left, max(r.bottom for r in placed) - top, max(r.right for r in placed) - left
-    )
-    if settings.aoi is None:
-        return first.part(cover)
-    inside = _pixels(first, _aoi_bounds(settings)).intersect(cover)
-    if inside is None:
-        raise InputError(
-            f"aoi {settings.aoi!r} misses the tiles; it is in degrees: west, south, east, north"
-        )
-    return first.part(inside)
+    return None
 
 
-def _pixels(grid: Grid, bounds_degrees: Bounds) -> Region:
-    west, south, east, north = bounds_degrees
-    if not (-180 <= west < east <= 180 and -90 <= south < north <= 90):
-        raise InputError(
-            f"aoi {list(bounds_degrees)} is no area in degrees; give [west, south, east, north]"
-        )
-    west, south, east, north = reproject_bounds(bounds_degrees, "EPSG:4326", grid.crs)
-    top, left = grid.offset(west, north)
-    bottom, right = grid.offset(east, south)
-    row, col = floor(top), floor(left)
-    return Region(row, col, max(ceil(bottom) - row, 1), max(ceil(right) - col, 1))
-
-
-def _aoi_bounds(settings: RegionSettings) -> Bounds:
-    if not isinstance(settings.aoi, str):
-        assert settings.aoi is not None
-        return settings.aoi
-    path = Path(settings.resolve(settings.aoi))
-    try:
-        corners = np.array(list(_positions(json.loads(path.read_text()))))
-        west, south = corners.min(axis=0)
-        east, north = corners.max(axis=0)
-    except (OSError, ValueError) as error:
-        raise InputError(f"aoi: {path} is no GeoJSON with coordinates: {error}") from error
-    return (float(west), float(south), float(east), float(north))
-
-
-def _positions(node: Any) -> Any:
-    """Every (longitude, latitude) of a GeoJSON object."""
-    if isinstance(node, dict):
-        for key in ("features", "geometry", "geometries", "coordinates"):
-            yield from _positions(node.get(key))
-    elif isinstance(node, list):
-        if node and isinstance(node[0], int | float):
-            yield node[:2]
-        else:
-            for part in node:
-                yield from _positions(part)
+def _block(dataset: Any) -> int:
+    height, width = dataset.block_shapes[0]
+    # In a bottom-up file blocks are counted from the south.
+    from_top = dataset.transform.e < 0 or dataset.height % height == 0
+    return int(height) if height == width and from_top else 1
 
 
 def read_embeddings(
-    tiles: tuple[EmbeddingTile, ...], grid: Grid, region: Region, year: int
+    source: EmbeddingSource, grid: Grid, region: Region, year: int
 ) -> NDArray[np.int8]:
     """The codes of a region: (64, rows, columns), -128 where no tile has any.
 
     Where tiles overlap, the first (in the order given) that is valid counts.
+
+    Raises:
+        OSError: a file breaks off, or is not what the plan saw.
+        InputError: values that are no embedding.
     """
     out = np.full((BANDS, *region.shape), NODATA, dtype=np.int8)
-    for tile in tiles:
-        place = tile.placed(grid)
-        shared = place.intersect(region)
-        if tile.year != year or shared is None:
+    empty = np.ones(region.shape, dtype=np.bool_)
+    for tile in source.tiles:
+        place = tile.reaches(grid)
+        shared = place and place.intersect(region)
+        if tile.year != year or place is None or shared is None:
             continue
-        codes = _read(tile, shared.within(place))
-        target = out[(slice(None), *shared.within(region).slices)]
-        take = valid(codes) & ~valid(target)
-        np.copyto(target, codes, where=take)
+        inside = shared.within(region).slices
+        if not empty[inside].any():  # a tile that lies under others is not read
+            continue
+        if tile.grid.crs == grid.crs:
+            part = shared.within(place)
+            _fill(out[(slice(None), *inside)], empty[inside], tile, part, source.access)
+        else:
+            _fill_nearest(out, empty, tile, grid, region, source.access)
     return out
 
 
-def _read(tile: EmbeddingTile, part: Region) -> NDArray[np.int8]:
-    """Codes of a part of one tile, north-up; `part` counts from its north-western corner."""
-    row = tile.grid.shape[0] - part.bottom if tile.bottom_up else part.row
-    with opened(tile.href) as dataset:
-        if tile.dtype in _FLOATS:
-            values = np.empty((BANDS, *part.shape), dtype=np.int8)
-            for first in range(0, part.height, _STRIP):  # floats of a whole shard would be 8 times
-                strip = Window(part.col, row + first, part.width, min(_STRIP, part.height - first))
-                values[:, first : first + _STRIP] = _quantised(
-                    dataset.read(window=strip), dataset.nodata, tile.href
-                )
+def _fill(
+    out: NDArray[np.int8],
+    empty: NDArray[np.bool_],
+    tile: EmbeddingTile,
+    part: Region,
+    access: AccessSettings,
+) -> None:
+    """Put a tile's codes where nothing is yet, band by band: no more than one is held besides.
+
+    Args:
+        out: (64, rows, columns), changed in place.
+        empty: (rows, columns) where nothing is yet; changed in place.
+        tile: on the same lattice.
+        part: what to read, counted from the tile's north-western corner.
+        access: of the tile's files.
+    """
+    holes, some, fresh = np.zeros_like(empty), np.zeros_like(empty), bool(empty.all())
+    for band, codes in _bands(tile, part, access):
+        missing = codes == NODATA
+        holes |= missing
+        some |= ~missing
+        if fresh:
+            out[band] = codes
         else:
-            values = dataset.read(window=Window(part.col, row, part.width, part.height))
-    missing = (values == NODATA).any(axis=0)
-    values[:, missing] = NODATA
-    codes: NDArray[np.int8] = values[:, ::-1] if tile.bottom_up else values
-    return codes
+            np.copyto(out[band], codes, where=empty)
+    # A pixel that lacks one band lacks all: a decoded pixel is whole, or is not there.
+    partly = empty & holes & some
+    if partly.any():
+        out[:, partly] = NODATA
+    empty &= holes
+
+
+def _fill_nearest(
+    out: NDArray[np.int8],
+    empty: NDArray[np.bool_],
+    tile: EmbeddingTile,
+    grid: Grid,
+    region: Region,
+    access: AccessSettings,
+) -> None:
+    """Put another zone's pixels that hold the centres of those where nothing is yet."""
+    move = transformer(grid.crs, tile.grid.crs)
+    for first in range(0, region.height, _STRIP):
+        wanted = np.argwhere(empty[first : first + _STRIP])
+        wanted[:, 0] += first
+        x = grid.left + (region.col + wanted[:, 1] + 0.5) * grid.resolution
+        y = grid.top - (region.row + wanted[:, 0] + 0.5) * grid.resolution
+        x, y = move.transform(x, y)
+        row, col = np.floor(tile.grid.offset(x, y)).astype(np.int64)
+        rows, cols = tile.grid.shape
+        inside = (row >= 0) & (row < rows) & (col >= 0) & (col < cols)
+        if not inside.any():
+            continue
+        row, col, (down, right) = row[inside], col[inside], wanted[inside].T
+        part = Region(int(row.min()), int(col.min()), int(np.ptp(row)) + 1, int(np.ptp(col)) + 1)
+        codes = np.full((BANDS, *part.shape), NODATA, dtype=np.int8)
+        _fill(codes, np.ones(part.shape, dtype=np.bool_), tile, part, access)
+        codes = codes[:, row - part.row, col - part.col]
+        out[:, down, right] = codes
+        empty[down, right] = codes[0] == NODATA
+
+
+def _bands(
+    tile: EmbeddingTile, part: Region, access: AccessSettings
+) -> Iterator[tuple[int, NDArray[np.int8]]]:
+    """The codes of each band in turn, north-up; the array is used again for the next.
+
+    Yields:
+        The band (0 to 63), and (rows, columns) codes.
+    """
+    if tile.kind == "zarr":
+        codes = read_mosaic(tile.href, tile.grid, part, tile.year, access)
+        yield from enumerate(codes)
+        return
+    for file in tile.files:
+        yield from _bands_of(file, tile, part, access)
+
+
+def _bands_of(
+    file: TileFile, tile: EmbeddingTile, part: Region, access: AccessSettings
+) -> Iterator[tuple[int, NDArray[np.int8]]]:
+    with opened(file.href, access) as dataset:
+        found = header_grid(dataset, file.href)
+        if not _same_pixels(found, tile.grid):
+            raise OSError(
+                f"{file.href} is not what the plan saw: it covers {list(found.bounds)} "
+                f"({found.crs}) instead of {list(tile.grid.bounds)} ({tile.grid.crs}); plan again"
+            )
+        bottom_up = dataset.transform.e > 0
+        row = found.shape[0] - part.bottom if bottom_up else part.row
+        window = Window(part.col, row, part.width, part.height)
+        buffer = np.empty(part.shape, dtype=dataset.dtypes[0])
+        for band, number in zip(file.bands or range(BANDS), dataset.indexes, strict=True):
+            values = dataset.read(number, window=window, out=buffer)
+            if buffer.dtype.kind == "f":
+                values = _quantised(values, dataset.nodata, file.href)
+            yield band, values[::-1] if bottom_up else values
+
+
+def _same_pixels(one: Grid, other: Grid) -> bool:
+    """Whether two grids are one, but for the last digits of their corners."""
+    offset = np.abs(one.offset(other.left, other.top)).max()
+    step = abs(one.resolution / other.resolution - 1)
+    return (one.crs, one.shape) == (other.crs, other.shape) and bool(offset < 1e-3 and step < 1e-6)
 
 
 def _quantised(values: NDArray[np.floating], declared: float | None, href: str) -> NDArray[np.int8]:
     """The codes of a float export: exact, since it holds nothing but decoded codes."""
     if declared is not None and not np.isnan(declared):
-        values[:, (values == declared).any(axis=0)] = np.nan
+        values[values == declared] = np.nan
     strange = values[np.abs(values) > 1]
     if strange.size:
         raise InputError(
