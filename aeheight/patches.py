@@ -52,7 +52,12 @@ class Patch:
 
 
 def draw_split(
-    settings: SplitSettings, shape: Shape, region: Region, test: Area, validation: Area
+    settings: SplitSettings,
+    shape: Shape,
+    region: Region,
+    test: Area,
+    validation: Area,
+    foreign: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.uint8]:
     """The use of every pixel of a region; the same pixel, the same use, whatever the region.
 
@@ -66,14 +71,19 @@ def draw_split(
         region: pixels to draw, inside the grid.
         test: share of all blocks, or a mask over `region` grown by the buffer.
         validation: share of the blocks that do not test, or such a mask.
+        foreign: such a mask of ground that another grid counts: unused here, and kept away from as
+            if it tested, since it may.
 
     Returns:
         (rows, columns) 0 unused, 1 train, 2 validation, 3 test.
     """
     seen = region.expand(settings.buffer)
     tests, validates = _by_block(settings, shape, seen, test, validation)
-    near_test = _dilate(tests, settings.buffer)
-    near_other = _dilate(tests | validates, settings.buffer)
+    if foreign is None:
+        foreign = np.zeros(seen.shape, dtype=bool)
+    tests, validates = tests & ~foreign, validates & ~foreign
+    near_test = _dilate(tests | foreign, settings.buffer)
+    near_other = _dilate(tests | validates | foreign, settings.buffer)
     core = (
         slice(settings.buffer, settings.buffer + region.height),
         slice(settings.buffer, settings.buffer + region.width),

@@ -7,7 +7,8 @@ hillier and more wooded, which is the difficulty that arXiv 2602.17250 met in it
 The embeddings carry the height in part. One pixel knows its height through a bent code with much
 noise, most of which a neighbourhood averages away; canopy height shows only in the local texture;
 slope and relief must be integrated. So a per-pixel ridge beats the mean, and a convolution beats
-the ridge. `pipelines.world_files` writes it all in the formats that real data has.
+the ridge. `pipelines.world_files` writes it all in the formats that real data has, and
+`pipelines.world_zones` cuts it where two UTM zones meet.
 """
 
 import json
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from aeheight.embeddings import BANDS, NODATA, encode
 from aeheight.errors import InputError
-from pipelines import world_files
+from pipelines import world_files, world_zones
 from pipelines.world_land import (
     Field,
     Landscape,
@@ -40,7 +41,8 @@ GENERATOR = 1
 CRS = "EPSG:32631"
 WEST = 431_230.0
 NORTH = 5_098_770.0
-"""The north-west corner of the world, metres: on the 10 m lattice, on no rounder number."""
+"""The north-west corner of the world, metres: on the 10 m lattice, on no rounder number. A world of
+two zones lies further east."""
 
 PIXEL = 10.0
 """Edge of an embedding pixel, metres; the landscape itself is built at half of it."""
@@ -69,16 +71,18 @@ class World:
     prior: Path
     """The coarse DEM in degrees, one GeoTIFF."""
     crs: str
-    """The UTM zone of tiles and DSM, as EPSG:code."""
+    """The UTM zone of the DSM and of the (first) tiles, as EPSG:code."""
     bounds: tuple[float, float, float, float]
     """west, south, east, north, metres."""
     size: int
     """Edge in pixels of 10 m."""
     seed: int
     """What the landscape was drawn from."""
+    zones: int
+    """1, or 2: then its eastern half has tiles of the next UTM zone."""
 
 
-def make_world(folder: Path, size: int = 1024, seed: int = 0) -> World:
+def make_world(folder: Path, size: int = 1024, seed: int = 0, zones: int = 1) -> World:
     """Write a world into a folder, or do nothing where the same world already lies there.
 
     It appears whole or not at all: it is made in a hidden folder beside `folder` and renamed.
@@ -87,20 +91,23 @@ def make_world(folder: Path, size: int = 1024, seed: int = 0) -> World:
         folder: What to create. A world of other parameters in it is replaced.
         size: Edge in pixels of 10 m, a multiple of 256.
         seed: The same seed gives the same pixels.
+        zones: 2 lays the same landscape across the meridian where two UTM zones meet.
 
     Returns:
         The paths and the place of the world.
 
     Raises:
-        InputError: If the size is no multiple of 256, the seed is negative, or the folder holds
-            something else.
+        InputError: If the size is no multiple of 256, the seed is negative, the zones are neither
+            1 nor 2, or the folder holds something else.
     """
     if size < 256 or size % 256:
         raise InputError(f"size is {size}; give a positive multiple of 256 pixels, such as 1024")
     if seed < 0:
         raise InputError(f"seed is {seed}; give 0 or more")
+    if zones not in (1, 2):
+        raise InputError(f"zones is {zones}; give 1 or 2")
     folder = folder.absolute()
-    world = _describe(folder, size, seed)
+    world = _describe(folder, size, seed, zones)
     note = _note(folder)
     if note and _is_whole(world, note):
         return world
@@ -109,29 +116,36 @@ def make_world(folder: Path, size: int = 1024, seed: int = 0) -> World:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         draft = Path(scratch) / "world"
-        _write(_describe(draft, size, seed))
+        _write(_describe(draft, size, seed, zones))
         if folder.exists():
             folder.rename(Path(scratch) / "old")
         draft.rename(folder)
     return world
 
 
-def _describe(folder: Path, size: int, seed: int) -> World:
+def _describe(folder: Path, size: int, seed: int, zones: int) -> World:
     edge = size * PIXEL
+    west = WEST if zones == 1 else world_zones.west_of_meeting(CRS, NORTH, edge)
     return World(
         folder=folder,
         embeddings=folder / "aef",
         height=folder / "dsm" / "catalog.json",
         prior=folder / "prior" / "prior_30m.tif",
         crs=CRS,
-        bounds=(WEST, NORTH - edge, WEST + edge, NORTH),
+        bounds=(west, NORTH - edge, west + edge, NORTH),
         size=size,
         seed=seed,
+        zones=zones,
     )
 
 
 def _parameters(world: World) -> dict[str, object]:
-    return {"generator": GENERATOR, "size": world.size, "seed": world.seed}
+    return {
+        "generator": GENERATOR,
+        "size": world.size,
+        "seed": world.seed,
+        "zones": world.zones,
+    }
 
 
 def _note(folder: Path) -> dict[str, Any] | None:
@@ -152,9 +166,11 @@ def _write(world: World) -> None:
     """Draw the world and write its files; world.json comes last and says that it is whole."""
     land = make_landscape(world.size, world.seed)
     codes = embed(land, world.seed)
-    corner = (WEST, NORTH)
-    world_files.write_tiles(world.embeddings, codes, corner, world.crs, year=2021)
+    corner = (world.bounds[0], world.bounds[3])
+    whole = world_zones.Part(world.crs, corner, codes)
     del codes
+    for part in [whole] if world.zones == 1 else world_zones.cut(whole):
+        world_files.write_tiles(world.embeddings, part.codes, part.corner, part.crs, year=2021)
     world_files.write_dsm(world.height.parent, _voids(land.surface, world.seed), corner, world.crs)
     rng = stream(world.seed, "prior")
     world_files.write_prior(world.prior, _seen_by_radar(land), corner, world.crs, rng)

@@ -207,16 +207,16 @@ def write_prior(
     lon = (left + np.arange(width) + 0.5) * ARC_SECOND
     lat = (top - np.arange(height) - 0.5) * ARC_SECOND
     x, y = Transformer.from_crs("EPSG:4326", crs, always_xy=True).transform(*np.meshgrid(lon, lat))
-    sampled = _bilinear(heights, (corner[1] - y) / TILE_PIXEL, (x - corner[0]) / TILE_PIXEL)
+    sampled = bilinear(heights, (corner[1] - y) / TILE_PIXEL, (x - corner[0]) / TILE_PIXEL)
     coarse = rng.normal(size=(height // 4 + 2, width // 4 + 2))
-    spread = _bilinear(coarse, np.arange(height)[:, None] / 4 + 1, np.arange(width) / 4 + 1)
+    spread = bilinear(coarse, np.arange(height)[:, None] / 4 + 1, np.arange(width) / 4 + 1)
     noisy = sampled + 2.5 * spread / spread.std() + rng.normal(size=sampled.shape)
     transform = Affine(ARC_SECOND, 0, left * ARC_SECOND, 0, -ARC_SECOND, top * ARC_SECOND)
     _write_cog(path, noisy.astype(np.float32), "EPSG:4326", transform, None)
     return path
 
 
-def _bilinear(
+def bilinear(
     field: NDArray[np.floating], rows: NDArray[np.floating], columns: NDArray[np.floating]
 ) -> NDArray[np.floating]:
     """Sample at pixel coordinates (0.5 is the first centre); the rim is repeated outwards."""

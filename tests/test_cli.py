@@ -143,20 +143,6 @@ def test_receipts_prove_nothing_of_a_tree_that_is_gone(aeheight, small_run, regi
         one_message(result.err, "--overwrite")
 
 
-def test_a_cube_is_made_from_the_same_files_throughout(aeheight, regions, world, scheduler):
-    tiles = regions.folder / "tiles"
-    shutil.copytree(world.embeddings, tiles)
-    kept, away = sorted(tiles.rglob("*.tiff"))[-1], regions.folder / "away.tiff"
-    region = regions.write("moving", embeddings={"href": "tiles"}, height=None, prior=None)
-    kept.rename(away)
-    assert aeheight("ingest", region.path, "--scheduler", scheduler).code == 0
-    away.rename(kept)
-    region.receipts("cube")[0].unlink()  # as after an interruption
-    result = aeheight("ingest", region.path)
-    assert result.code == 2
-    one_message(result.err, f"new: {kept}", "--overwrite")
-
-
 # Bad input.
 
 

@@ -23,9 +23,9 @@ import pytest
 from distributed import Client, LocalCluster, get_worker
 
 from aeheight.cluster import Connection, Outcome, Progress, clock, run_shards
-from aeheight.cube import Shard
 from aeheight.errors import InputError
 from aeheight.receipts import Receipt
+from aeheight.template import Shard
 from aeheight.windows import tile
 
 SHARDS = [Shard("utm10n", "height", 2021, region) for region in tile((24, 40), 8)]

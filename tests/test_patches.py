@@ -9,12 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aeheight.cube import Layer, Template, Tree, create
+from aeheight.cube import Tree, create
 from aeheight.embeddings import BAND_NAMES, BANDS, NODATA, valid
 from aeheight.grid import Grid
 from aeheight.patches import TEST, TRAIN, UNUSED, VALIDATION, Patch, Patches, Spot, draw_split
 from aeheight.settings import CubeSettings, SplitSettings
 from aeheight.store import Store
+from aeheight.template import Layer, Template
 from aeheight.windows import Region, whole
 
 ANY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

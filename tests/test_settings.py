@@ -74,7 +74,7 @@ def test_the_contract_loads(load):
 
 @pytest.mark.parametrize("path", TRACKED, ids=lambda path: path.name)
 def test_every_tracked_region_loads(path):
-    assert load_region(path).name == path.stem
+    assert load_region(path).name == path.stem.replace("_", "-")
 
 
 def test_there_are_tracked_regions():
@@ -153,7 +153,7 @@ def test_what_the_model_corrects(load, overrides, base):
         ("split: {tset: 0.2}", "  split.tset: unknown key; did you mean 'test'?"),
         ("model: {learning-rate: 1}", "model.learning-rate: unknown key; did you mean 'learning_r"),
         ("grid: {crs: a, resolution: 1, bound: [0, 0, 1, 1]}", "grid.bound: unknown key; did you"),
-        ("prior: {year: 3}", "prior.year: unknown key; known: asset, epoch, href, nodata, source"),
+        ("prior: {year: 3}", "prior.year: unknown key; known: access, asset, collection, convert"),
         ("zzz: 1", "zzz: unknown key; known: aoi, cube, embeddings, grid, height, model, name"),
     ],
 )

@@ -13,8 +13,9 @@ from rasterio.warp import reproject
 
 from aeheight.embeddings import BANDS, NODATA, decode
 from aeheight.errors import InputError
-from pipelines.world import World, make_world
-from pipelines.world_files import _bilinear
+from pipelines.world import World, embed, make_world
+from pipelines.world_files import bilinear
+from pipelines.world_land import make_landscape
 
 SIZE = 256
 
@@ -157,7 +158,7 @@ def test_prior_lies_where_the_surface_lies(world: World, dsm: np.ndarray) -> Non
     smooth = halve(truth)
 
     def error(down: float, right: float) -> float:
-        sampled = _bilinear(prior, rows + down, columns + right)
+        sampled = bilinear(prior, rows + down, columns + right)
         return float(np.std((sampled - smooth)[~np.isnan(halve(dsm))]))
 
     assert 2 < error(0, 0) < 8
@@ -178,7 +179,7 @@ def test_bilinear_is_gdals() -> None:
         resampling=Resampling.bilinear,
     )
     rows, columns = np.ogrid[:38, :58]
-    expected = _bilinear(field, 0.5 + (rows + 0.5) / 2, 0.5 + (columns + 0.5) / 2)
+    expected = bilinear(field, 0.5 + (rows + 0.5) / 2, 0.5 + (columns + 0.5) / 2)
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
@@ -235,6 +236,94 @@ def test_a_whole_world_is_left_alone_and_a_torn_one_made_anew(tmp_path: Path) ->
     assert tile.is_file()
     assert make_world(folder, size=SIZE, seed=1).seed == 1
     assert [path.name for path in tmp_path.iterdir()] == ["world"]  # no drafts left
+
+
+@pytest.fixture(scope="module")
+def two_zones(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("zones") / "world", size=SIZE, seed=3, zones=2)
+
+
+def zone_of(world: World, zone: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Codes of a zone's tiles (64, n), where they lie in the world's CRS, and their longitude."""
+    codes, places = [], []
+    for path in sorted(world.embeddings.glob(f"2021/{zone}/*.tiff")):
+        with rasterio.open(path) as source:
+            assert source.crs == f"EPSG:326{zone[:2]}"
+            assert source.transform.c % 10 == source.transform.f % 10 == 0
+            rows, columns = np.indices(source.shape)
+            x = source.transform.c + 10 * (columns + 0.5)
+            y = source.transform.f + 10 * (rows + 0.5)
+            codes.append(source.read().reshape(BANDS, -1))
+            places.append(np.stack([x.ravel(), y.ravel()]))
+    x, y = np.concatenate(places, axis=1)
+    corners = np.round(np.stack([x, y]) - 5).astype(int)
+    assert len(np.unique(corners, axis=1).T) == x.size  # no pixel in two tiles
+    crs = f"EPSG:326{zone[:2]}"
+    lon, _ = Transformer.from_crs(crs, "EPSG:4326", always_xy=True).transform(x, y)
+    x, y = Transformer.from_crs(crs, world.crs, always_xy=True).transform(x, y)
+    return np.concatenate(codes, axis=1), x, y, lon
+
+
+def seen(x: np.ndarray, y: np.ndarray, world: World) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row and column of the world that holds a place, and whether it is inside."""
+    row = np.floor((world.bounds[3] - y) / 10).astype(int)
+    column = np.floor((x - world.bounds[0]) / 10).astype(int)
+    inside = (row >= 0) & (row < SIZE) & (column >= 0) & (column < SIZE)
+    return row, column, inside
+
+
+@pytest.mark.parametrize("zone", ["31N", "32N"])
+def test_every_code_of_two_zones_is_the_landscapes(two_zones: World, zone: str) -> None:
+    truth = embed(make_landscape(SIZE, 3), 3)
+    codes, x, y, lon = zone_of(two_zones, zone)
+    row, column, inside = seen(x, y, two_zones)
+    known = (codes != NODATA).all(axis=0)
+    assert inside[known].all()
+    np.testing.assert_array_equal(codes[:, known], truth[:, row[known], column[known]])
+    # Away from the meridian every pixel of the landscape that has a code is there.
+    east = (lon - 6) * 111_320 * np.cos(np.radians(46))
+    mine = inside & ((east < 0) if zone == "31N" else (east > 60))
+    np.testing.assert_array_equal(known[mine], truth[0, row[mine], column[mine]] != NODATA)
+
+
+def test_two_zones_share_the_ground_but_for_a_ragged_seam(two_zones: World) -> None:
+    truth = embed(make_landscape(SIZE, 3), 3)[0] != NODATA
+    covered = np.zeros((2, SIZE, SIZE), bool)
+    for layer, zone in zip(covered, ("31N", "32N"), strict=True):
+        codes, x, y, lon = zone_of(two_zones, zone)
+        row, column, inside = seen(x, y, two_zones)
+        known = inside & (codes[0] != NODATA)
+        layer[row[known], column[known]] = True
+        east = (lon[known] - 6) * 111_320 * np.cos(np.radians(46))
+        assert (20 < east.max() < 40) if zone == "31N" else (-60 < east.min() < -40)
+    both, neither = covered.all(axis=0), truth & ~covered.any(axis=0)
+    assert 0.3 < covered[0].mean() < 0.6
+    assert 0.3 < covered[1].mean() < 0.6
+    assert 2 < both.sum() / SIZE < 6  # pixels of overlap in a row
+    assert 0 < neither[:, SIZE // 4 : -SIZE // 4].sum() / SIZE < 1
+    missed = neither.sum() - neither[:, SIZE // 4 : -SIZE // 4].sum()
+    assert missed < 0.01 * truth.sum()  # pixels between the centres of the turned lattice
+
+
+def test_two_zones_leave_the_rest_as_it_was(
+    world: World, two_zones: World, dsm: np.ndarray
+) -> None:
+    assert two_zones.crs == world.crs
+    assert two_zones.bounds[1::2] == world.bounds[1::2]
+    middle = (two_zones.bounds[0] + two_zones.bounds[2]) / 2, two_zones.bounds[3] - SIZE * 5
+    lon, _ = Transformer.from_crs(world.crs, "EPSG:4326", always_xy=True).transform(*middle)
+    assert abs(lon - 6) * 111_320 < 20
+    for mine, other in zip(asset_hrefs(two_zones), asset_hrefs(world), strict=True):
+        with rasterio.open(mine) as a, rasterio.open(other) as b:
+            np.testing.assert_array_equal(a.read(), b.read())
+
+
+def test_worlds_of_one_and_two_zones_are_two(tmp_path: Path) -> None:
+    make_world(tmp_path / "world", size=SIZE, zones=2)
+    again = make_world(tmp_path / "world", size=SIZE)
+    assert not list(again.embeddings.glob("2021/32N"))
+    with pytest.raises(InputError, match="give 1 or 2"):
+        make_world(tmp_path / "world", size=SIZE, zones=3)
 
 
 @pytest.mark.parametrize(("size", "seed"), [(0, 0), (100, 0), (300, 0), (256, -1)])

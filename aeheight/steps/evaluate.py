@@ -11,18 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aeheight.cluster import Outcome
-from aeheight.cube import Shard, Template, Tree, checksum, find, open_tree
+from aeheight.cube import Tree, checksum, find, open_tree
 from aeheight.errors import InputError, NotYetError
-from aeheight.grid import Grid
+from aeheight.grid import Grid, owned
 from aeheight.metrics import Scatter, Stats, dump
 from aeheight.models import Checkpoint
 from aeheight.patches import USES
 from aeheight.receipts import Ledger, Receipt, receipt_for
+from aeheight.settings import fingerprint
 from aeheight.steps.predict import MODEL
-from aeheight.steps.run import Plan, Run, carry_out
+from aeheight.steps.run import Made, Plan, Run, carry_out
 from aeheight.steps.split import record_split, split_fingerprint
 from aeheight.steps.summary import REPORT, part_key, summarise, thin
 from aeheight.store import Store
+from aeheight.template import Shard, Template
 from aeheight.windows import Region
 
 SLOPES = (0.0, 2.0, 5.0, 10.0, 20.0, 30.0, 45.0, 90.0)
@@ -36,8 +38,8 @@ def plan(run: Run) -> Plan:
         InputError: the region has no height, or there is no cube yet.
     """
     _need_height(run)
-    cube = run.whole_cube().template
-    shards = _shards(cube)
+    tree = run.whole_cube()
+    cube, shards = tree.template, _shards(run, tree.template)
     per_pixel = 64 + 4 * sum(layer.dtype == "float32" for layer in cube.layers) + 5
     return Plan(
         "evaluate",
@@ -56,9 +58,30 @@ def _need_height(run: Run) -> None:
         raise InputError("evaluation needs a reference: the region has no `height`")
 
 
-def _shards(cube: Template) -> list[Shard]:
-    """One a shard of the map's first year: references carry no year to tell years apart."""
-    return [Shard(s.group, "report", cube.years[0], s.region) for s in cube.shards("height")]
+def _shards(run: Run, cube: Template) -> list[Shard]:
+    """One a shard of the map's first year: references carry no year to tell years apart.
+
+    Each with the shards of cube and map that it is summed from.
+    """
+    year = cube.years[0]
+    read: dict[str, int | None] = {"embedding": year, "height": None}
+    if any(layer.name == "prior" for layer in cube.layers):
+        read["prior"] = None
+    below = Made(cube, run.ledger("cube").done())
+    above = Made(cube, run.ledger("heights").done())
+    return [
+        Shard(
+            shard.group,
+            "report",
+            year,
+            shard.region,
+            fingerprint(
+                below.inputs(shard.group, read, shard.region.expand(1))
+                + above.inputs(shard.group, {"height": year}, shard.region)
+            ),
+        )
+        for shard in cube.shards("height")
+    ]
 
 
 def execute(run: Run) -> Outcome:
@@ -99,12 +122,13 @@ def execute(run: Run) -> Outcome:
         cube.store.uri,
         heights.store.uri,
         heights.identity,
+        f"{cube.version} {heights.version}",
         run.ledger("heights").store.uri,
         ledger.store.uri,
         ledger.key,
         edges,
     )
-    shards = _shards(cube.template)
+    shards = _shards(run, cube.template)
     outcome = carry_out(run, "evaluate", ledger, shards, task)
     if not outcome.failed and (outcome.done or not run.report.exists("index.html")):
         summarise(run, cube.template, shards, checkpoint, edges, SLOPES)
@@ -130,7 +154,7 @@ def _whole_map(run: Run, cube: Tree) -> Checkpoint:
 def _height_edges(run: Run, cube: Template) -> tuple[float, ...]:
     """Round class edges, at most ten classes, that span the reference; metres."""
     ledger = run.ledger("cube").current()
-    receipts = [ledger.receipt(shard.name) for shard in cube.shards("height")]
+    receipts = list(ledger.receipts(shard.name for shard in cube.shards("height")))
     lows = [r.minimum for r in receipts if r.minimum is not None]
     highs = [r.maximum for r in receipts if r.maximum is not None]
     return round_edges(min(lows), max(highs)) if lows else (0.0, 1.0)
@@ -156,6 +180,8 @@ class SumUp:
     cube: str
     heights: str
     identity: str
+    version: str
+    """Of the templates of both."""
     heights_ledger: str
     ledger: str
     key: str
@@ -165,7 +191,7 @@ class SumUp:
         """Read, sum up, store the sums, leave the receipt."""
         started = time.monotonic()
         cube, heights, checkpoint = _opened(
-            self.cube, self.heights, self.identity, self.heights_ledger
+            self.cube, self.heights, self.identity, self.version, self.heights_ledger
         )
         grid = cube.template.grid(shard.group)
         ground = _Ground.read(cube, heights, checkpoint, shard)
@@ -191,7 +217,9 @@ class SumUp:
 
 
 @lru_cache(maxsize=2)
-def _opened(cube: str, heights: str, _identity: str, ledger: str) -> tuple[Tree, Tree, Checkpoint]:
+def _opened(
+    cube: str, heights: str, _identity: str, _version: str, ledger: str
+) -> tuple[Tree, Tree, Checkpoint]:
     checkpoint = Checkpoint.from_bytes(Store(ledger).read(MODEL))
     return open_tree(Store(cube)), open_tree(Store(heights)), checkpoint
 
@@ -211,7 +239,9 @@ class _Ground:
         group, region, year = shard.group, shard.region, shard.year
         around = cube.read(group, "height", None, region.expand(1))
         codes = cube.read(group, "embedding", year, region)
-        reference = around[1:-1, 1:-1]
+        # Ground that two zones hold is judged in the one that it lies in.
+        own = owned(cube.template.grids, cube.template.grid(group), region)
+        reference = np.where(own, around[1:-1, 1:-1], np.float32(np.nan))
         ridge = checkpoint.ridge.predict(codes)
         baselines = {"mean": np.full_like(ridge, checkpoint.ridge.mean), "ridge": ridge}
         if any(layer.name == "prior" for layer in cube.template.layers):

@@ -1,7 +1,9 @@
 """Ingest: tiles and rasters to the cube, one shard a task."""
 
+import json
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -10,78 +12,94 @@ from numpy.typing import NDArray
 
 from aeheight import embeddings
 from aeheight.cluster import Outcome
-from aeheight.cube import Layer, Shard, Template, Tree, create, open_tree
+from aeheight.cube import (
+    Tree,
+    check_growth,
+    create,
+    digest,
+    find,
+    finish_growing,
+    open_tree,
+)
 from aeheight.errors import InputError
-from aeheight.grid import Grid
 from aeheight.receipts import Ledger, Receipt, receipt_for
 from aeheight.settings import HeightSettings, RegionSettings
-from aeheight.sources import Sources, read_embeddings, read_heights, scan
-from aeheight.steps.run import Plan, Run, carry_out, cube_settings, cube_shards
+from aeheight.sources import Reader, Sources, scan
+from aeheight.steps.run import (
+    ASKED,
+    Plan,
+    Run,
+    carry_out,
+    cube_settings,
+    cube_shards,
+    sources_asked,
+)
 from aeheight.store import Store
-from aeheight.windows import whole
+from aeheight.template import Layer, Shard, Template
+from aeheight.windows import Region, whole
 
-_SOURCES = "sources.json"
+SOURCES = "sources.json"
+"""Every file of the cube with what its header says, beside the cube's receipts."""
 
 
-def template(settings: RegionSettings, grid: Grid) -> Template:
+def template(settings: RegionSettings, sources: Sources) -> Template:
     """The cube of a region, before its first pixel."""
-    layers = [
-        Layer(
-            "embedding",
-            "int8",
-            embeddings.NODATA,
-            timed=True,
-            bands=embeddings.BAND_NAMES,
-            attributes={
-                "long_name": "AlphaEarth Foundations embedding, as its int8 code",
-                "comment": "u = code / 127.5; value = u * |u|; -128 is nodata, in all bands",
-                "units": "1",
-                "attribution": embeddings.ATTRIBUTION,
-                "embedding_version": embeddings.VERSION,
-            },
-        )
-    ]
+    layers = [_embedding(settings)]
     for name, wanted in (("height", settings.height), ("prior", settings.prior)):
         if wanted:
-            layers.append(Layer(name, "float32", np.nan, attributes=_about(name, wanted)))
+            layers.append(Layer(name, "float32", np.nan, attributes=_about(settings, name, wanted)))
     if settings.height:
-        layers.append(
-            Layer(
-                "split",
-                "uint8",
-                0,
-                attributes={
-                    "long_name": "use of the ground",
-                    "flag_values": [0, 1, 2, 3],
-                    "flag_meanings": "unused train validation test",
-                },
-            )
-        )
+        about = {
+            "long_name": "use of the ground",
+            "flag_values": [0, 1, 2, 3],
+            "flag_meanings": "unused train validation test",
+        }
+        layers.append(Layer("split", "uint8", 0, attributes=about))
+    runs = [ground.runs for ground in sources.grounds]
     return Template(
-        (grid,),
+        tuple(ground.grid for ground in sources.grounds),
         tuple(layers),
         settings.embeddings.years,
         settings.cube,
         f"aeheight cube of {settings.name}",
+        tuple(runs) if any(run is not None for run in runs) else (),
     )
 
 
-def _about(name: str, wanted: HeightSettings) -> dict[str, Any]:
+_GEOMETRY = {
+    "cog": "native pixels of the AlphaEarth tiles",
+    "index": "native pixels of the AlphaEarth tiles",
+    "mosaic": "the global mosaic in degrees, resampled nearest from the UTM tiles",
+    "earthengine": "pixels of the Earth Engine export",
+}
+
+
+def _embedding(settings: RegionSettings) -> Layer:
+    about = {
+        "long_name": "AlphaEarth Foundations embedding, as its int8 code",
+        "comment": "u = code / 127.5; value = u * |u|; -128 is nodata, in all bands",
+        "units": "1",
+        "source": settings.embeddings.source,
+        "geometry": _GEOMETRY[settings.embeddings.source],
+        "attribution": embeddings.ATTRIBUTION,
+        "embedding_version": embeddings.VERSION,
+    }
+    bands = embeddings.BAND_NAMES
+    return Layer("embedding", "int8", embeddings.NODATA, timed=True, bands=bands, attributes=about)
+
+
+def _about(settings: RegionSettings, name: str, wanted: HeightSettings) -> dict[str, Any]:
     kind = {"dsm": "surface", "dtm": "terrain"}[wanted.surface]
+    converted = name == "prior" and settings.height is not None and wanted.convert
+    datum = settings.height.vertical_datum if converted and settings.height else None
     return {
         "long_name": f"{'reference' if name == 'height' else 'prior'} height of the {kind}",
         "standard_name": "surface_altitude",
         "units": "m",
         "surface": wanted.surface,
-        "vertical_datum": wanted.vertical_datum,
+        "vertical_datum": datum or wanted.vertical_datum,
+        "vertical_datum_of_source": wanted.vertical_datum,
         "epoch": wanted.epoch or "unknown",
-    }
-
-
-def begun_with(settings: RegionSettings, grid: Grid) -> dict[str, Any]:
-    """The settings that the cube's receipts hold on to."""
-    return cube_settings(settings) | {
-        "grid": {"crs": grid.crs, "resolution": grid.resolution, "bounds": list(grid.bounds)}
     }
 
 
@@ -91,50 +109,153 @@ def plan(run: Run) -> Plan:
     Raises:
         InputError: bad input; see `sources.scan`.
     """
-    grid, sources = scan(run.settings)
-    made = template(run.settings, grid)
-    shards = cube_shards(made)
-    edge = made.cut.shard
+    sources = scan(run.settings)
+    made, reader = template(run.settings, sources), Reader(sources)
     if not run.options.overwrite:
-        run.ledger("cube").check(begun_with(run.settings, grid), "ingest")
-    written = sum(_shard_bytes(made, shard) for shard in shards)
+        _check(run, made, sources)
+    shards = _shards(made, reader)
+    pending = shards if run.options.overwrite else run.ledger("cube").pending(shards)
     return Plan(
         "ingest",
         {
-            "group": grid.name,
-            "crs": grid.crs,
-            "resolution": grid.resolution,
-            "rows_x_columns": f"{grid.shape[0]} x {grid.shape[1]}",
-            "bounds": grid.bounds,
-            "years": list(made.years),
-            "tiles": len(sources.tiles),
-            "covered_by_tiles": f"{100 * _covered(sources, grid):.1f} % of the grid",
-            "height_rasters": len(sources.height.rasters) if sources.height else 0,
-            "prior_rasters": len(sources.prior.rasters) if sources.prior else 0,
+            **_extent(sources, made),
             "shards": len(shards),
-            "pending": run.left("cube", shards),
-            "shard_px": edge,
-            "raw_bytes": written,
-            "peak_worker_bytes": 3 * embeddings.BANDS * edge**2 + 300_000_000,
+            "pending": len(pending),
+            "shard_px": made.cut.shard,
+            **_volumes(made, reader, pending),
+            "peak_worker_bytes": _BASE_BYTES + _TASK_SHARE * max(_raw(made, s) for s in shards),
         },
     )
 
 
-def _covered(sources: Sources, grid: Grid) -> float:
-    """Share of the grid that lies under some tile, to about a thousandth."""
-    every = max(max(grid.shape) // 1000, 1)
-    under = np.zeros([-(-size // every) for size in grid.shape], dtype=bool)
-    for tile in sources.tiles:
-        if shared := tile.placed(grid).intersect(whole(grid.shape)):
-            rows, cols = shared.slices
-            under[-(-rows.start // every) : -(-rows.stop // every),
-                  -(-cols.start // every) : -(-cols.stop // every)] = True  # fmt: skip
-    return float(under.mean())
+_BASE_BYTES = 300_000_000
+"""A worker before its first task."""
+_TASK_SHARE = 3
+"""A task's peak over the raw bytes of its shard, at most; see tests/benchmarks/RESULTS.md."""
+_CODES, _HEIGHTS = 1.6, 1.4
+"""Compression of real codes, measured; of float32 heights, roughly."""
 
 
-def _shard_bytes(made: Template, shard: Shard) -> int:
+def _extent(sources: Sources, made: Template) -> dict[str, Any]:
+    """The groups, and the files that they are made from."""
+    grids, files = made.grids, sources.files
+    facts: dict[str, Any] = {}
+    for grid in grids:
+        label = "group" if len(grids) == 1 else f"group_{grid.name}"
+        facts |= {label: f"{grid.name}: {grid.crs}, {grid.resolution:g} units a pixel, "
+                         f"{grid.shape[0]} x {grid.shape[1]} px"}  # fmt: skip
+        facts |= {label.replace("group", "bounds"): grid.bounds}
+    return facts | {
+        "years": list(made.years),
+        "tiles": sum(len(set(g.embeddings.tiles)) for g in sources.grounds)
+        if len(grids) == 1
+        else len({tile for ground in sources.grounds for tile in ground.embeddings.tiles}),
+        "covered_by_tiles": f"{100 * _covered(sources, made):.1f} % of the shards' ground",
+        "height_rasters": len(files["height"]),
+        "prior_rasters": len(files["prior"]),
+        **_shifts(sources),
+    }
+
+
+def _shifts(sources: Sources) -> dict[str, Any]:
+    """How the prior's heights are brought to the datum of `height`."""
+    shifts = [g.prior.shift for g in sources.grounds if g.prior and g.prior.shift]
+    return {"prior_converted": str(shifts[0])} if shifts else {}
+
+
+def _volumes(made: Template, reader: Reader, pending: Sequence[Shard]) -> dict[str, int]:
+    """Bytes of what is left to do: of pixels, and about what they take compressed."""
+    read, written, packed_read, packed_written = 0, 0, 0.0, 0.0
+    for shard in pending:
+        ratio = _CODES if shard.layer == "embedding" else _HEIGHTS
+        from_source, raw = reader.bytes_to_read(shard), _raw(made, shard)
+        read, written = read + from_source, written + raw
+        packed_read += from_source / ratio
+        packed_written += min(raw, max(from_source, 1)) / ratio
+    return {
+        "bytes_to_read": round(packed_read),
+        "bytes_to_write": round(packed_written),
+        "raw_bytes_to_read": read,
+        "raw_bytes_to_write": written,
+    }
+
+
+def _covered(sources: Sources, made: Template) -> float:
+    """Share of the ground to be made that lies under some tile, to about a thousandth."""
+    covered = total = 0
+    for ground in sources.grounds:
+        every = max(max(ground.grid.shape) // 1000, 1)
+        under = np.zeros([-(-size // every) for size in ground.grid.shape], dtype=bool)
+        for tile in ground.embeddings.tiles:
+            place = tile.reaches(ground.grid)
+            if shared := place and place.intersect(whole(ground.grid.shape)):
+                _mark(under, shared, every)
+        wanted = np.zeros_like(under)
+        for shard in made.shards("embedding"):
+            if shard.group == ground.grid.name:
+                _mark(wanted, shard.region, every)
+        covered, total = covered + int((under & wanted).sum()), total + int(wanted.sum())
+    return covered / max(total, 1)
+
+
+def _mark(board: NDArray[np.bool_], region: Region, every: int) -> None:
+    rows, cols = region.slices
+    board[-(-rows.start // every) : -(-rows.stop // every),
+          -(-cols.start // every) : -(-cols.stop // every)] = True  # fmt: skip
+
+
+def _raw(made: Template, shard: Shard) -> int:
     layer = made.layer(shard.layer)
     return shard.region.size * max(len(layer.bands), 1) * np.dtype(layer.dtype).itemsize
+
+
+def _shards(made: Template, reader: Reader) -> list[Shard]:
+    """Every shard of the cube, with what it is made from."""
+    return [replace(shard, inputs=reader.inputs(shard)) for shard in cube_shards(made)]
+
+
+def _check(run: Run, made: Template, sources: Sources) -> None:
+    """Meet settings, a grid or files that are not those the cube was begun with.
+
+    Raises:
+        InputError: shows what differs.
+    """
+    run.ledger("cube").check(cube_settings(run.settings), "ingest")
+    found = find(run.cube)
+    if found is None or not run.ledger("cube").done():
+        return
+    old = Template.described(found["template"])
+    before, now = ({grid.name: grid for grid in each.grids} for each in (old, made))
+    if before != now:
+        lines = [
+            f"{name}: {list(before[name].bounds) if name in before else None} -> "
+            f"{list(now[name].bounds) if name in now else None}"
+            for name in sorted(before | now)
+            if before.get(name) != now.get(name)
+        ]
+        raise InputError(
+            f"{run.cube.uri} was begun with another grid:\n  "
+            + "\n  ".join(lines)
+            + "\nwhere tiles fix the grid, one that comes later moves it: give `aoi` or `grid` and "
+            "run with --overwrite, or leave the tile out"
+        )
+    check_growth(run.cube, replace(old, ground=()), replace(made, ground=()))
+    _refuse_lost(run, sources)
+    check_growth(run.cube, old, made)
+
+
+def _refuse_lost(run: Run, sources: Sources) -> None:
+    """Files may come later; one that is gone may be a disk that is not there today."""
+    ledger = run.ledger("cube")
+    if not ledger.done() or not ledger.store.exists(SOURCES):
+        return
+    known = Sources.from_bytes(ledger.store.read(SOURCES)).names
+    if lost := sorted(set(known) - set(sources.names)):
+        raise InputError(
+            f"{len(lost)} files that the cube was made from are no longer there:\n  "
+            + "\n  ".join(known[name] for name in lost[:10])
+            + "\nput them back, or run with --overwrite to make the cube without them"
+        )
 
 
 def execute(run: Run) -> Outcome:
@@ -143,53 +264,38 @@ def execute(run: Run) -> Outcome:
     Raises:
         InputError: bad input, changed settings, or a region without any valid pixel.
     """
-    grid, sources = scan(run.settings)
-    made = template(run.settings, grid)
+    sources = scan(run.settings)
+    made, reader = template(run.settings, sources), Reader(sources)
     ledger = run.ledger("cube")
     if run.options.overwrite:
         run.discard(ledger.store, run.ledger("split").store, run.cube)
+    else:
+        finish_growing(run.cube)
+        _check(run, made, sources)
+        if find(run.cube) and not ledger.done():
+            run.cube.remove()  # nothing was made of it yet: it need not stay as it was planned
     tree = create(run.cube, made)
-    ledger = ledger.begin(begun_with(run.settings, grid) | {"cube_identity": tree.identity})
-    shards = cube_shards(made)
-    if ledger.pending(shards):
-        _hold_sources(ledger, sources)
-    task = Ingest(run.cube.uri, tree.identity, ledger.store.uri, ledger.key)
-    outcome = carry_out(run, "ingest", ledger, shards, task)
-    if not outcome.failed:
+    ledger = ledger.begin(cube_settings(run.settings) | {"cube_identity": tree.identity})
+    data = sources.to_bytes()
+    asked = json.dumps(sources_asked(run.settings), indent=1).encode()
+    for name, record in ((SOURCES, data), (ASKED, asked)):
+        if not ledger.store.exists(name) or ledger.store.read(name) != record:
+            ledger.store.write(name, record)
+    task = Ingest(
+        run.cube.uri, tree.identity, tree.version, ledger.store.uri, ledger.key, digest(data)
+    )
+    outcome = carry_out(run, "ingest", ledger, _shards(made, reader), task)
+    if not outcome.failed and outcome.done:
         _refuse_empty(ledger, made)
     return outcome
-
-
-def _hold_sources(ledger: Ledger, sources: Sources) -> None:
-    """Record the files that the cube is made from: every shard of it from the same.
-
-    Raises:
-        InputError: shards were made from other files; names them.
-    """
-    if not ledger.done():
-        ledger.store.write(_SOURCES, sources.to_bytes())
-    elif (known := Sources.from_bytes(ledger.store.read(_SOURCES))) != sources:
-        before, now = _files(known), _files(sources)
-        changed = [f"no longer there: {href}" for href in sorted(before - now)]
-        changed += [f"new: {href}" for href in sorted(now - before)]
-        raise InputError(
-            "the source files are not those that the cube was begun with:\n  "
-            + "\n  ".join(changed[:10] or ["the header of a file changed"])
-            + "\nput them back, or run with --overwrite to make the cube anew"
-        )
-
-
-def _files(sources: Sources) -> set[str]:
-    models = [model for model in (sources.height, sources.prior) if model]
-    rasters = {raster.href for model in models for raster in model.rasters}
-    return rasters | {tile.href for tile in sources.tiles}
 
 
 def _refuse_empty(ledger: Ledger, made: Template) -> None:
     for layer in ("embedding", "height"):
         if layer not in {known.name for known in made.layers}:
             continue
-        if not any(ledger.receipt(shard.name).valid for shard in made.shards(layer)):
+        receipts = ledger.receipts(shard.name for shard in made.shards(layer))
+        if not any(receipt.valid for receipt in receipts):
             raise InputError(
                 f"no pixel of the region has {'an' if layer == 'embedding' else 'a'} {layer}: the "
                 f"files touch {list(made.grids[0].bounds)} but hold only nodata there; move the "
@@ -203,30 +309,31 @@ class Ingest:
 
     cube: str
     identity: str
+    version: str
+    """Of the cube's template."""
     ledger: str
     key: str
+    sources: str
+    """Digest of the record of the sources."""
 
     def __call__(self, shard: Shard) -> Receipt:
         """Read, write, leave the receipt."""
         started = time.monotonic()
         ledger = Ledger(Store(self.ledger))
-        tree, sources = _opened(self.cube, self.identity, self.ledger, self.key)
-        values = self._read(sources, tree.template.grid(shard.group), shard)
+        tree, reader = _opened(self.cube, self.identity, self.version, self.ledger, self.sources)
+        values = reader.read(shard)
         valid = embeddings.valid(values) if shard.layer == "embedding" else ~np.isnan(values)
         receipt = receipt_for(shard, values, tree.write(shard, values), valid, self.key, started)
         ledger.leave(receipt)
         return receipt
 
-    def _read(self, sources: Sources, grid: Grid, shard: Shard) -> NDArray[Any]:
-        if shard.layer == "embedding":
-            assert shard.year is not None
-            return read_embeddings(sources.tiles, grid, shard.region, shard.year)
-        source = {"height": sources.height, "prior": sources.prior}[shard.layer]
-        assert source is not None
-        return read_heights(source, grid, shard.region)
-
 
 @lru_cache(maxsize=4)
-def _opened(cube: str, _identity: str, ledger: str, _key: str) -> tuple[Tree, Sources]:
-    """Once a worker, cube and settings."""
-    return open_tree(Store(cube)), Sources.from_bytes(Store(ledger).read(_SOURCES))
+def _opened(
+    cube: str, _identity: str, _version: str, ledger: str, sources: str
+) -> tuple[Tree, Reader]:
+    """Once a worker, state of the cube and record of the sources."""
+    data = Store(ledger).read(SOURCES)
+    if digest(data) != sources:
+        raise OSError(f"{ledger}/{SOURCES} was replaced by another driver; run again")
+    return open_tree(Store(cube)), Reader(Sources.from_bytes(data))

@@ -7,11 +7,12 @@ from types import ModuleType
 from typing import Any
 
 from aeheight.cluster import Outcome
-from aeheight.cube import Template, Tree, find, open_tree
+from aeheight.cube import Tree, find, open_tree
 from aeheight.errors import InputError, NotYetError
 from aeheight.receipts import Damage, Ledger
 from aeheight.receipts import verify as verify_tree
 from aeheight.steps.run import BEST, Run
+from aeheight.template import Template
 
 Say = Callable[[dict[str, Any], list[str]], None]
 """Takes the facts for machines and the lines for people."""
@@ -225,8 +226,7 @@ def verify(run: Run, say: Say, *, repair: bool) -> int:
         return 1
     with run.held():
         for label, _, ledger, _ in ledgers:
-            for damage in damaged.get(label, []):
-                ledger.forget(damage.shard)
+            ledger.forget({damage.shard for damage in damaged.get(label, [])})
         if "split" in damaged:
             _step("split").record_split(run)
     if "predict" in damaged:  # with the very model that the map was made with

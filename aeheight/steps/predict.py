@@ -2,23 +2,24 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from aeheight.cluster import Outcome
-from aeheight.cube import Layer, Shard, Template, Tree, create, open_tree
+from aeheight.cube import Tree, create, open_tree
 from aeheight.embeddings import BANDS
 from aeheight.errors import InputError
 from aeheight.inference import predict_region
 from aeheight.models import STRIDE, Checkpoint, Predictor, best_device
 from aeheight.receipts import Ledger, Receipt, receipt_for
-from aeheight.settings import PredictSettings
-from aeheight.steps.run import Plan, Run, carry_out
+from aeheight.settings import PredictSettings, fingerprint
+from aeheight.steps.run import Made, Plan, Run, carry_out
 from aeheight.steps.train import load_checkpoint
 from aeheight.store import Store
+from aeheight.template import Layer, Shard, Template
 from aeheight.windows import Lattice, Region, Shape
 
 MODEL = "model.ckpt"
@@ -49,9 +50,28 @@ def template(cube: Template, checkpoint: Checkpoint) -> Template:
         "checkpoint": checkpoint.digest,
     }
     height = Layer("height", "float32", np.nan, timed=True, attributes=about)
-    return Template(
-        cube.grids, (height,), cube.years, cube.cut, cube.title.replace("cube", "heights", 1)
-    )
+    title = cube.title.replace("cube", "heights", 1)
+    return replace(cube, layers=(height,), title=title)
+
+
+def _shards(run: Run, cube: Tree, made: Template, checkpoint: Checkpoint) -> list[Shard]:
+    """Every shard of the map, with the cube's shards that its windows see."""
+    below = Made(cube.template, run.ledger("cube").done())
+    lattices = {grid.name: lattice(run.settings.predict, grid.shape) for grid in made.grids}
+    return [
+        replace(
+            shard,
+            inputs=fingerprint(
+                below.inputs(
+                    shard.group,
+                    {"embedding": shard.year}
+                    | ({"prior": None} if checkpoint.base == "prior" else {}),
+                    lattices[shard.group].hull(shard.region),
+                )
+            ),
+        )
+        for shard in made.shards("height")
+    ]
 
 
 def plan(run: Run) -> Plan:
@@ -65,7 +85,7 @@ def plan(run: Run) -> Plan:
     if not run.options.overwrite:
         run.ledger("heights").check(_begun_with(run, cube, checkpoint), "predict")
     made, settings = template(cube.template, checkpoint), run.settings.predict
-    shards = made.shards("height")
+    shards = _shards(run, cube, made, checkpoint)
     lattices = {grid.name: lattice(settings, grid.shape) for grid in made.grids}
     windows = sum(lattices[shard.group].count(shard.region) for shard in shards)
     hulls = [lattices[shard.group].hull(shard.region).size for shard in shards]
@@ -152,11 +172,12 @@ def execute(run: Run) -> Outcome:
         cube.store.uri,
         tree.store.uri,
         tree.identity,
+        f"{cube.version} {tree.version}",
         ledger.store.uri,
         ledger.key,
         run.settings.predict,
     )
-    return carry_out(run, "predict", ledger, made.shards("height"), task)
+    return carry_out(run, "predict", ledger, _shards(run, cube, made, checkpoint), task)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +187,8 @@ class Predict:
     cube: str
     heights: str
     identity: str
+    version: str
+    """Of the templates of both."""
     ledger: str
     key: str
     settings: PredictSettings
@@ -174,7 +197,9 @@ class Predict:
         """Read, compute, write, leave the receipt."""
         started = time.monotonic()
         ledger = Ledger(Store(self.ledger))
-        cube, heights, predictor = _opened(self.cube, self.heights, self.identity, self.ledger)
+        cube, heights, predictor = _opened(
+            self.cube, self.heights, self.identity, self.version, self.ledger
+        )
 
         def reader(layer: str, year: int | None) -> Callable[[Region], Any]:
             return lambda region: cube.read(shard.group, layer, year, region)
@@ -194,7 +219,9 @@ class Predict:
 
 
 @lru_cache(maxsize=2)
-def _opened(cube: str, heights: str, _identity: str, ledger: str) -> tuple[Tree, Tree, Predictor]:
+def _opened(
+    cube: str, heights: str, _identity: str, _version: str, ledger: str
+) -> tuple[Tree, Tree, Predictor]:
     """Once a worker and map: the model stays on the device."""
     checkpoint = Checkpoint.from_bytes(Store(ledger).read(MODEL))
     return open_tree(Store(cube)), open_tree(Store(heights)), Predictor(checkpoint, best_device())

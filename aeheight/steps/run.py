@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from aeheight.cluster import Connection, Outcome, Progress, Task, run_shards
-from aeheight.cube import Shard, Template, Tree, find, open_tree
+from aeheight.cube import Tree, find, open_tree
 from aeheight.errors import InputError, NotYetError
 from aeheight.receipts import Ledger, lease
-from aeheight.settings import RegionSettings
+from aeheight.settings import RegionSettings, differences
 from aeheight.store import Store
+from aeheight.template import Shard, Template
+from aeheight.windows import Region, whole
 
 BEST = "best.ckpt"
 """The trained checkpoint, under `model`."""
+
+ASKED = "asked.json"
+"""Which sources the region file named when the cube was made, beside the cube's receipts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +98,13 @@ class Run:
         """
         tree, ledger = self.open_cube(), self.ledger("cube")
         ledger.check(cube_settings(self.settings), "ingest", made=True)
+        asked = ledger.store.read_json(ASKED) if ledger.store.exists(ASKED) else {}
+        if changed := differences(asked, sources_asked(self.settings)):
+            raise NotYetError(
+                "the region file asks for other sources than the cube was made from:\n  "
+                + "\n  ".join(changed)
+                + "\nrun aeheight ingest, which makes what they touch, or set them back"
+            )
         if left := ledger.pending(cube_shards(tree.template)):
             raise NotYetError(f"{len(left)} shards of the cube are missing; run aeheight ingest")
         return tree
@@ -116,9 +128,62 @@ class Run:
             yield
 
 
+_FILES = {"href", "access"}
+"""Settings of a source that only say where its files are."""
+
+
 def cube_settings(settings: RegionSettings) -> dict[str, Any]:
-    """The settings that a cube depends on, besides its grid."""
-    return settings.model_dump(mode="json", include={"embeddings", "height", "prior", "cube"})
+    """The settings that a whole cube depends on, besides its grid.
+
+    Files and years do not belong to them: what a shard was made from stands in its receipt.
+    """
+    kept = settings.model_dump(mode="json", include={"embeddings", "height", "prior", "cube"})
+    for key in ("embeddings", "height", "prior"):
+        if kept[key]:
+            kept[key] = {k: v for k, v in kept[key].items() if k not in _FILES | {"year"}}
+    return kept
+
+
+def sources_asked(settings: RegionSettings) -> dict[str, Any]:
+    """Which files and years the region file names, for comparison with what a cube was made of."""
+    named = settings.model_dump(mode="json", include={"embeddings", "height", "prior"})
+    hrefs = {key: value["href"] for key, value in named.items() if value}
+    return {"hrefs": hrefs, "years": list(settings.embeddings.years), "aoi": settings.aoi and (
+        settings.aoi if isinstance(settings.aoi, str) else list(settings.aoi))}  # fmt: skip
+
+
+class Made:
+    """What the shards of a tree were made from, for the steps that build on them."""
+
+    def __init__(self, template: Template, done: Mapping[str, str]) -> None:
+        """Remember the receipts of a tree.
+
+        Args:
+            template: of the tree.
+            done: `Ledger.done`.
+        """
+        self._template, self._done = template, done
+
+    def inputs(self, group: str, layers: Mapping[str, int | None], region: Region) -> list[str]:
+        """The inputs of every shard under a region, in a fixed order.
+
+        Args:
+            group: of the tree.
+            layers: the layers that are read, and the year of each.
+            region: pixels of the group's grid; it may reach past it.
+        """
+        edge, shape = self._template.cut.shard, self._template.grid(group).shape
+        inside = region.intersect(whole(shape))
+        if inside is None:
+            return []
+        return [
+            self._done.get(Shard(group, layer, year, square).name, "")
+            for layer, year in layers.items()
+            for row in range(inside.row // edge * edge, inside.bottom, edge)
+            for col in range(inside.col // edge * edge, inside.right, edge)
+            for square in [Region(row, col, edge, edge).intersect(whole(shape))]
+            if square
+        ]
 
 
 def cube_shards(template: Template) -> list[Shard]:
@@ -182,7 +247,7 @@ def carry_out(run: Run, step: str, ledger: Ledger, shards: Sequence[Shard], task
         shards: all of the step's shards.
         task: makes one shard.
     """
-    pending = ledger.pending(shards)
+    pending = ledger.take_up(shards)
     skipped = len(shards) - len(pending)
     if not pending:
         return Outcome(0, skipped, {}, 0.0, 0)

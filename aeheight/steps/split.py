@@ -1,20 +1,22 @@
 """The split, recorded in the cube: for training, and for testing a model trained elsewhere."""
 
 import time
+from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aeheight.cube import Shard, Tree
+from aeheight.cube import Tree
 from aeheight.errors import InputError
-from aeheight.grid import Grid
+from aeheight.grid import Grid, owned
 from aeheight.patches import UNUSED, draw_split
 from aeheight.receipts import receipt_for
 from aeheight.settings import RegionSettings, fingerprint
 from aeheight.sources.areas import area_touches, read_area, read_shapes
 from aeheight.steps.run import Run
+from aeheight.template import Shard
 
 
 def split_fingerprint(settings: RegionSettings) -> str:
@@ -31,7 +33,7 @@ def split_settings(settings: RegionSettings) -> dict[str, Any]:
     wanted = settings.split
     areas = {"test": wanted.test, "validation": wanted.validation}
     return wanted.model_dump(mode="json") | {
-        f"{name}_area": fingerprint(read_shapes(settings, area))
+        f"{name}_area": fingerprint(read_shapes(settings, area, "split"))
         for name, area in areas.items()
         if isinstance(area, str)
     }
@@ -54,8 +56,7 @@ def record_split(run: Run) -> str:
             "reference height model to train or to evaluate"
         )
     tree = run.open_cube()
-    for grid in tree.template.grids:
-        _refuse_empty_areas(run.settings, grid)
+    _refuse_empty_areas(run.settings, tree.template.grids)
     settings = {"split": split_settings(run.settings), "cube": tree.identity}
     ledger = run.ledger("split").begin(settings)
     for shard in ledger.pending(tree.template.shards("split")):
@@ -66,17 +67,23 @@ def record_split(run: Run) -> str:
     return fingerprint(settings["split"])
 
 
-def _refuse_empty_areas(settings: RegionSettings, grid: Grid) -> None:
+def _refuse_empty_areas(settings: RegionSettings, grids: Sequence[Grid]) -> None:
     split = settings.split
-    blocks = ceil(grid.shape[0] / split.block) * ceil(grid.shape[1] / split.block)
+    blocks = [ceil(g.shape[0] / split.block) * ceil(g.shape[1] / split.block) for g in grids]
     for name, wanted in (("test", split.test), ("validation", split.validation)):
         if isinstance(wanted, float | int):
-            if wanted and not round(wanted * blocks):
+            if wanted and not any(round(wanted * number) for number in blocks):
                 raise InputError(
-                    f"split.{name}: {wanted:g} of {blocks} blocks rounds to none; make split.block "
-                    f"({split.block} px) smaller"
+                    f"split.{name}: {wanted:g} of {max(blocks)} blocks rounds to none; make "
+                    f"split.block ({split.block} px) smaller"
                 )
-        elif not area_touches(settings, wanted, grid):
+        elif len(grids) > 1 and not isinstance(wanted, str):
+            raise InputError(
+                f"split.{name}: bounds are in the CRS of one grid, and the region has "
+                f"{[grid.name for grid in grids]}; give a GeoJSON file in degrees"
+            )
+        elif not any(area_touches(settings, wanted, grid) for grid in grids):
+            grid = grids[0]
             raise InputError(
                 f"split.{name}: {wanted!r} holds no ground of the grid {list(grid.bounds)}; bounds "
                 f"are in its CRS ({grid.crs}), GeoJSON in degrees"
@@ -89,4 +96,6 @@ def _draw(run: Run, tree: Tree, shard: Shard) -> NDArray[np.uint8]:
     test, validation = (
         read_area(run.settings, wanted, seen) for wanted in (settings.test, settings.validation)
     )
-    return draw_split(settings, grid.shape, shard.region, test, validation)
+    around = shard.region.expand(settings.buffer)
+    foreign = ~owned(tree.template.grids, grid, around)
+    return draw_split(settings, grid.shape, shard.region, test, validation, foreign)

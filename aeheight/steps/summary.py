@@ -12,14 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aeheight import embeddings
-from aeheight.cube import Shard, Template
 from aeheight.errors import InputError
 from aeheight.metrics import Scatter, Stats, load, merge_tables
 from aeheight.models import Checkpoint
 from aeheight.patches import USES
 from aeheight.receipts import Ledger, versions
 from aeheight.report import Maps, Report, judged_split, render
+from aeheight.sources import Sources
+from aeheight.steps.ingest import SOURCES
 from aeheight.steps.run import Run
+from aeheight.template import Shard, Template
 from aeheight.windows import Region, Shape
 
 SPLITS = (*USES, "all")
@@ -115,31 +117,27 @@ def _summary(part: Stats | Scatter) -> dict[str, Any]:
 
 
 def _provenance(run: Run, cube: Template, checkpoint: Checkpoint) -> dict[str, Any]:
-    sources = json.loads(run.ledger("cube").store.read("sources.json"))
+    files = Sources.from_bytes(run.ledger("cube").store.read(SOURCES)).files
     settings = run.settings
     assert settings.height is not None
-
-    def files(key: str) -> list[str]:
-        return [raster["href"] for raster in sources[key]["rasters"]] if sources[key] else []
 
     return {
         "region": settings.name,
         "year": cube.years[0],
         "reference": settings.height.model_dump(mode="json")
-        | {"epoch": settings.height.epoch or "unknown", "files": files("height")},
+        | {"epoch": settings.height.epoch or "unknown", "files": files["height"]},
         "prior": settings.prior
         and settings.prior.model_dump(mode="json")
-        | {"epoch": settings.prior.epoch or "unknown", "files": files("prior")},
+        | {"epoch": settings.prior.epoch or "unknown", "files": files["prior"]},
         "embeddings": {
             "version": embeddings.VERSION,
             "attribution": embeddings.ATTRIBUTION,
             "disclosure": embeddings.DISCLOSURE,
-            "files": [tile["href"] for tile in sources["tiles"]],
+            "files": files["embeddings"],
         },
-        "grid": {
-            "crs": cube.grids[0].crs,
-            "resolution": cube.grids[0].resolution,
-            "bounds": list(cube.grids[0].bounds),
+        "grids": {
+            grid.name: {"crs": grid.crs, "resolution": grid.resolution, "bounds": list(grid.bounds)}
+            for grid in cube.grids
         },
         "model": {
             "architecture": checkpoint.model.architecture,
@@ -240,7 +238,7 @@ def _cost(run: Run) -> dict[str, dict[str, float | None]]:
     cost: dict[str, dict[str, float | None]] = {}
     for step, ledger in (("ingest", "cube"), ("predict", "heights"), ("evaluate", "report")):
         current = run.ledger(ledger).current()
-        receipts = [current.receipt(name) for name in current.done()]
+        receipts = list(current.receipts(current.done()))
         seconds = sum(receipt.seconds for receipt in receipts)
         pixels = sum(receipt.pixels for receipt in receipts)
         cost[step] = {

@@ -1,0 +1,173 @@
+"""Tiles and years that come later: only what they touch is made again, and what stands on it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import rasterio
+
+from pipelines.world import World
+from tests.runs import (
+    Region,
+    Regions,
+    Result,
+    arrays,
+    one_message,
+    same_map,
+    snapshot,
+    whole_shards,
+)
+
+Command = Callable[..., Result]
+
+
+def tiles_of(world: World, folder: Path) -> list[Path]:
+    """A copy of the world's tiles."""
+    shutil.copytree(world.embeddings, folder)
+    return sorted(folder.rglob("*.tiff"))
+
+
+def pending(aeheight: Command, verb: str, region: Region) -> int:
+    result = aeheight(verb, region.path, "--plan", "--json")
+    assert result.code == 0, result.err
+    return int(json.loads(result.out)["pending"])
+
+
+def changed(before: dict[str, tuple[int, str]], after: dict[str, tuple[int, str]]) -> set[str]:
+    """Files of a tree that were written since, or are new."""
+    return {name for name, state in after.items() if before.get(name) != state}
+
+
+def test_a_tile_that_comes_later(world: World, regions: Regions, aeheight: Command) -> None:
+    tiles = tiles_of(world, regions.folder / "tiles")
+    late = regions.folder / "late.tiff"
+    shutil.move(tiles[-1], late)
+    region = regions.write("late", embeddings={"href": "tiles"}, height=None, prior=None)
+    assert aeheight("ingest", region.path).code == 0
+    before, first = snapshot(region.cube), arrays(region.cube)["embedding"]
+
+    shutil.move(late, tiles[-1])
+    touched = pending(aeheight, "ingest", region)
+    assert 0 < touched < len(region.receipts("cube"))
+    result = aeheight("ingest", region.path)
+    assert result.code == 0
+    assert f"{touched} shards done" in result.out
+    data = {name for name in changed(before, snapshot(region.cube)) if "/embedding/c/" in name}
+    assert len(data) == touched
+    assert whole_shards(region, "cube") == len(region.receipts("cube"))
+
+    whole = regions.write("whole", height=None, prior=None)
+    assert aeheight("ingest", whole.path).code == 0
+    np.testing.assert_array_equal(arrays(region.cube)["embedding"], arrays(whole.cube)["embedding"])
+    assert (first != arrays(region.cube)["embedding"]).any()
+
+    # The same files in another folder are the same files; one that is gone is missed.
+    shutil.move(regions.folder / "tiles", regions.folder / "moved")
+    region = regions.write("late", embeddings={"href": "moved"}, height=None, prior=None)
+    assert pending(aeheight, "ingest", region) == 0
+    (regions.folder / "moved" / tiles[-1].relative_to(regions.folder / "tiles")).unlink()
+    before = snapshot(region.store)
+    for arguments in ([], ["--plan"]):
+        result = aeheight("ingest", region.path, *arguments)
+        assert result.code == 2
+        one_message(result.err, "1 files", "no longer there", tiles[-1].name, "--overwrite")
+    assert snapshot(region.store) == before
+
+
+def write_year(world: World, folder: Path, year: int, shift: int) -> None:
+    """The world's tiles as those of another year: each code of another band."""
+    for tile in sorted(world.embeddings.rglob("*.tiff")):
+        target = folder / str(year) / tile.parent.name / tile.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with rasterio.open(tile) as source:
+            profile, codes = source.profile, source.read()
+        with rasterio.open(target, "w", **profile) as copy:
+            copy.write(np.roll(codes, shift, axis=0))
+
+
+def test_years_that_come_later(world: World, regions: Regions, aeheight: Command) -> None:
+    """One before and one after the first: what is there moves along the axis, as it is."""
+    folder = regions.folder / "tiles"
+    tiles_of(world, folder)
+    for year, shift in ((2019, 3), (2023, 7)):
+        write_year(world, folder, year, shift)
+    region = regions.write("years", embeddings={"href": "tiles", "year": 2021}, prior=None)
+    assert aeheight("ingest", region.path).code == 0
+    first = arrays(region.cube)
+
+    region = regions.write(
+        "years", embeddings={"href": "tiles", "year": [2019, 2021, 2023]}, prior=None
+    )
+    shards = len(region.receipts("cube"))
+    result = aeheight("train", region.path)
+    assert result.code == 2
+    one_message(result.err, "years", "run aeheight ingest")
+    codes = first["embedding"].shape[2] // 64 * (first["embedding"].shape[3] // 64)
+    assert pending(aeheight, "ingest", region) == 2 * codes
+    result = aeheight("ingest", region.path)
+    assert result.code == 0, result.err
+    assert f"{2 * codes} shards done" in result.out
+    assert f"{shards} done before" in result.out
+    now = arrays(region.cube)
+    np.testing.assert_array_equal(now["height"], first["height"])
+    np.testing.assert_array_equal(now["embedding"][1], first["embedding"][0])
+    np.testing.assert_array_equal(now["embedding"][0], np.roll(first["embedding"][0], 3, axis=0))
+    np.testing.assert_array_equal(now["embedding"][2], np.roll(first["embedding"][0], 7, axis=0))
+    whole_shards(region, "cube")
+
+    region = regions.write("years", embeddings={"href": "tiles", "year": 2021}, prior=None)
+    result = aeheight("ingest", region.path)
+    assert result.code == 2
+    one_message(result.err, "years: [2019, 2021, 2023] -> [2021]", "--overwrite")
+
+
+def test_what_stands_on_a_cube_follows_it(
+    world: World, regions: Regions, aeheight: Command
+) -> None:
+    """Map and report are made again where a late tile is seen; then they are a fresh run's."""
+    tiles = tiles_of(world, regions.folder / "tiles")
+    late = regions.folder / "late.tiff"
+    shutil.move(tiles[-1], late)
+    changes = {
+        "embeddings": {"href": "tiles"},
+        "model": {"architecture": "ridge", "base": "none"},
+        "predict": {"window": 64, "halo": 16, "batch": 2},
+    }
+    region = regions.write("follows", **changes)
+    result = aeheight("run", region.path)
+    assert result.code == 0, result.err
+    shutil.move(late, tiles[-1])
+    before = snapshot(region.heights)
+    assert aeheight("ingest", region.path).code == 0
+    shards = len(region.receipts("heights"))
+    touched = pending(aeheight, "predict", region)
+    assert 0 < touched < shards
+    result = aeheight("run", region.path)
+    assert result.code == 0, result.err
+    made_again = {n for n in changed(before, snapshot(region.heights)) if "/height/c/" in n}
+    assert len(made_again) == touched
+    fresh = regions.write("fresh", **changes)
+    result = aeheight("run", fresh.path, "--checkpoint", region.store)
+    assert result.code == 0, result.err
+    same_map(region, fresh)
+    assert region.metrics()["model"] == fresh.metrics()["model"]
+
+
+def test_a_tile_outside_the_grid_is_refused_where_tiles_fix_it(
+    world: World, regions: Regions, aeheight: Command
+) -> None:
+    tiles = tiles_of(world, regions.folder / "tiles")
+    late = regions.folder / "late.tiff"
+    for tile in tiles[2:]:
+        shutil.move(tile, late)
+    region = regions.write(
+        "grows", embeddings={"href": "tiles"}, height=None, prior=None, grid=None
+    )
+    assert aeheight("ingest", region.path).code == 0
+    shutil.move(late, tiles[2])
+    for verb in (("ingest",), ("ingest", "--plan")):
+        result = aeheight(verb[0], region.path, *verb[1:])
+        assert result.code == 2
+        one_message(result.err, "another grid", "utm31n: [431230.0", "aoi", "--overwrite")
