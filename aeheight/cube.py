@@ -79,7 +79,10 @@ class Tree:
             return out
         index = self._index(spec, year, inside)
         try:
-            values = self._root[f"{group}/{layer}"][index]  # type: ignore[index]
+            with plain_errors(f"read {self.store.uri}/{group}/{layer}"):
+                values = self._root[f"{group}/{layer}"][index]  # type: ignore[index]
+        except InputError:  # no right to, which no checksum explains
+            raise
         except Exception as error:
             raise OSError(
                 f"{self.store.uri}: {group}/{layer} {inside.name} cannot be read "
@@ -282,13 +285,15 @@ def find(store: Store) -> dict[str, Any] | None:
         "choose another store, or discard what is there with --overwrite"
     )
     try:
-        metadata = json.loads(store.read("zarr.json"))
-        found = metadata.get("attributes", {}).get("aeheight")
+        data = store.read("zarr.json")
     except FileNotFoundError:
         # A tree begins with its zarr.json, and making one clears the folder first.
         if next(store.keys(), None) is not None:
             raise foreign from None
         return None
+    try:
+        metadata = json.loads(data)
+        found = metadata.get("attributes", {}).get("aeheight")
     except (ValueError, AttributeError):
         raise foreign from None
     if found is None:

@@ -238,6 +238,10 @@ class Ledger:
             if shard.name not in done or (shard.inputs and done[shard.name] != shard.inputs)
         ]
 
+    def finished(self) -> list[Shard]:
+        """Every shard that has a receipt, with what it was made from, by name."""
+        return [replace(Shard.parse(n), inputs=made) for n, made in sorted(self.done().items())]
+
     def take_up(self, shards: Iterable[Shard]) -> list[Shard]:
         """What is pending, without the receipts of what it was made from before."""
         pending = self.pending(shards)
@@ -302,17 +306,32 @@ class Damage:
 
 def verify(tree: Tree, ledger: Ledger) -> Iterator[Damage | None]:
     """Read every finished shard again and compare its checksum: None where it is sound."""
-    ledger = ledger.current()
-    for receipt in ledger.receipts(sorted(ledger.done())):
-        shard = Shard.parse(receipt.shard)
+    for shard in ledger.finished():
         try:
-            values = tree.read(shard.group, shard.layer, shard.year, shard.region)
+            inspect(tree, ledger, shard)
         except OSError as error:
             yield Damage(shard.name, str(error))
-            continue
-        found = checksum(values)
-        sound = found == receipt.checksum
-        yield None if sound else Damage(shard.name, f"checksum {found}, not {receipt.checksum}")
+        else:
+            yield None
+
+
+def inspect(tree: Tree, ledger: Ledger, shard: Shard) -> Receipt:
+    """Read a finished shard again; returns its receipt.
+
+    Args:
+        tree: that holds it.
+        ledger: of its receipt.
+        shard: of `Ledger.finished`.
+
+    Raises:
+        OSError: it cannot be read, or its pixels are not those of its receipt.
+    """
+    ledger = ledger.current()
+    receipt = ledger._load(ledger._entry(shard.name, shard.inputs))
+    found = checksum(tree.read(shard.group, shard.layer, shard.year, shard.region))
+    if found != receipt.checksum:
+        raise OSError(f"checksum {found}, not {receipt.checksum}")
+    return receipt
 
 
 @contextmanager

@@ -348,6 +348,8 @@ def _connect(uri: str, access: AccessSettings | None, patience: timedelta) -> An
         endpoint = s3_endpoint()
         if endpoint:
             config["endpoint"], client["allow_http"] = endpoint, endpoint.startswith("http://")
+    if scheme == "http":
+        client["allow_http"] = True
     if scheme == "gs" and access.requester_pays:
         client["default_headers"] = {"x-goog-user-project": paying_project()}
     retries: Any = {"max_retries": 1000, "retry_timeout": patience, "backoff": _BACKOFF}
@@ -431,10 +433,11 @@ def _plain(doing: str, error: Exception) -> Exception:
     status, code = (_first(r, text) for r in (r"status code: (\d{3}[ \w]*)", r"<Code>(\w+)</Code>"))
     said = " ".join(filter(None, [status, code]))
     if "redirect without LOCATION" in text:
-        status, code = "301", "AuthorizationHeaderMalformed"
-        said = "the bucket lies in another region"
+        code, said = "AuthorizationHeaderMalformed", "the bucket lies in another region"
+    if "/latest/api/token" in text or "/latest/meta-data" in text:
+        said = "there are no credentials, and this machine's role gives none"
     refused = isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError)
-    if refused or code in _REMEDIES or status[:3] in ("401", "403") or "/latest/meta-data" in text:
+    if refused or code in _REMEDIES or status[:3] in ("401", "403") or "this machine" in said:
         return InputError(f"cannot {doing}: {said or 'no right to'}; {_remedy(doing, code)}")
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"cannot {doing}: there is none")

@@ -14,7 +14,8 @@ from aeheight.errors import InputError
 from aeheight.grid import Grid
 from aeheight.settings import RegionSettings
 from aeheight.sources.exports import scan_exports
-from aeheight.sources.tiles import EmbeddingSource, EmbeddingTile, read_embeddings
+from aeheight.sources.tile import EmbeddingSource, EmbeddingTile
+from aeheight.sources.tiles import read_embeddings
 from aeheight.windows import Region, whole
 from tests.tifs import DATA, random_codes, region
 

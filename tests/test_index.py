@@ -24,7 +24,8 @@ from aeheight.errors import InputError
 from aeheight.grid import Bounds, Grid, utm_zone
 from aeheight.settings import RegionSettings
 from aeheight.sources.index import scan_index
-from aeheight.sources.tiles import EmbeddingSource, EmbeddingTile, read_embeddings
+from aeheight.sources.tile import EmbeddingSource, EmbeddingTile
+from aeheight.sources.tiles import read_embeddings
 from aeheight.windows import whole
 from tests.tifs import CRS, STEP, grid_of, random_codes, region, write_tile
 
@@ -304,15 +305,17 @@ class _Ranges(SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder that is served as `s3://world`."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Ranges, directory=tmp_path)) as server:
+    root = tmp_path_factory.mktemp("buckets")
+    (root / "world").mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Ranges, directory=root))
+    with server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-        (tmp_path / "world").mkdir()
-        yield tmp_path / "world"
+        yield root / "world"
         server.shutdown()
         thread.join()
 

@@ -15,7 +15,8 @@ from aeheight.errors import InputError
 from aeheight.grid import Grid
 from aeheight.settings import AccessSettings, RegionSettings
 from aeheight.sources.mosaic import read_mosaic, scan_mosaic
-from aeheight.sources.tiles import EmbeddingSource, read_embeddings
+from aeheight.sources.tile import EmbeddingSource
+from aeheight.sources.tiles import read_embeddings
 from aeheight.windows import Region, whole
 from tests.tifs import random_codes, region
 

@@ -17,7 +17,7 @@ from aeheight.errors import InputError
 from aeheight.grid import Grid
 from aeheight.sources import Ground, Sources, read_embeddings, scan
 from aeheight.sources.areas import read_area
-from aeheight.sources.tiles import EmbeddingTile
+from aeheight.sources.tile import EmbeddingTile
 from aeheight.windows import Region, whole
 from aeheight.windows import tile as tile_squares
 from tests.tifs import (

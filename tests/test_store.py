@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aeheight.errors import InputError
+from aeheight.settings import AccessSettings
+from aeheight.sources.files import gdal_options
 from aeheight.store import Store
 from tests.trees import full_disk
 
@@ -230,3 +232,100 @@ def test_keys_are_what_was_written(
     assert {key: store.read(key) for key in keys} == {key: objects[key] for key in keys}
     store.remove()
     assert not any(map(store.exists, keys))
+
+
+def test_copy_is_whole_and_of_its_own(store: Store) -> None:
+    store.write("a/x", b"one")
+    store.copy("a/x", "b/y")
+    store.write("a/x", b"two")
+    assert store.read("b/y") == b"one"
+    store.copy("a/x", "b/y")
+    assert store.read("b/y") == b"two"
+    with pytest.raises(FileNotFoundError) as caught:
+        store.copy("a/none", "b/z")
+    one_line(caught.value, store.uri, "a/none")
+    assert sorted(store.keys()) == ["a/x", "b/y"]
+
+
+def test_removes_just_these(store: Store) -> None:
+    store.remove_many(["never"])
+    assert not Path(store.uri).exists()
+    keys = [f"n/{number}" for number in range(12)]
+    for key in [*keys, "left"]:
+        store.write(key, b"1")
+    store.remove_many([*keys[:6], "absent", *keys[6:]])
+    assert list(store.keys()) == ["left"]
+    store.remove_many([])
+
+
+def test_what_vanishes_while_it_is_created(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another's object was there, and is gone before it can be compared: it was not ours."""
+    store.write("lease", b"theirs")
+    read = Store.read
+
+    def vanish(self: Store, key: str) -> bytes:
+        self.remove(key)
+        return read(self, key)
+
+    monkeypatch.setattr(Store, "read", vanish)
+    assert not store.create("lease", b"mine")
+
+
+def test_access_is_part_of_the_store() -> None:
+    public = AccessSettings(anonymous=True)
+    store = Store.at("s3://bucket/run", public)
+    assert store != Store.at("s3://bucket/run")
+    assert store.child("cube.zarr").access == public
+    assert pickle.loads(pickle.dumps(store)) == store
+    assert hash(store) == hash(Store.at("s3://bucket/run/", public))
+    assert Store.at("s3://bucket/run", AccessSettings()) == Store.at("s3://bucket/run")
+
+
+def test_who_pays_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOOGLE_CLOUD_PROJECT", raising=False)
+    monkeypatch.setenv("GOOGLE_SKIP_SIGNATURE", "true")
+    with pytest.raises(InputError, match="GOOGLE_CLOUD_PROJECT"):
+        Store.at("gs://bucket", AccessSettings(requester_pays=True)).read("k")
+
+
+@pytest.mark.parametrize(
+    ("variables", "access", "wanted"),
+    [
+        ({}, AccessSettings(), {"AWS_S3_ENDPOINT": None, "AWS_NO_SIGN_REQUEST": None}),
+        (
+            {"AWS_ENDPOINT_URL": "http://127.0.0.1:7480/"},
+            AccessSettings(),
+            {"AWS_S3_ENDPOINT": "127.0.0.1:7480", "AWS_HTTPS": "NO"},
+        ),
+        (
+            {"AWS_ENDPOINT_URL": "http://other", "AWS_ENDPOINT_URL_S3": "https://s3.example.org"},
+            AccessSettings(region="eu-west-3", requester_pays=True),
+            {
+                "AWS_S3_ENDPOINT": "s3.example.org",
+                "AWS_HTTPS": "YES",
+                "AWS_VIRTUAL_HOSTING": "FALSE",
+                "AWS_REGION": "eu-west-3",
+                "AWS_REQUEST_PAYER": "requester",
+            },
+        ),
+        (
+            {"AWS_ENDPOINT_URL": "http://one", "AWS_S3_ENDPOINT": "two", "GDAL_NUM_THREADS": "4"},
+            AccessSettings(anonymous=True),
+            # The user's own word; but threads would make zeros of what fails.
+            {"AWS_S3_ENDPOINT": None, "AWS_NO_SIGN_REQUEST": "YES", "GDAL_NUM_THREADS": "1"},
+        ),
+    ],
+)
+def test_gdal_is_told_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    access: AccessSettings,
+    wanted: dict[str, str | None],
+) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    told = gdal_options("s3://bucket/tile.tiff", access)
+    assert {name: told.get(name) for name in wanted} == wanted
+    assert gdal_options("/data/tile.tiff", access) == {}

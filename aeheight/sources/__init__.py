@@ -25,7 +25,8 @@ from aeheight.sources.exports import scan_exports
 from aeheight.sources.heights import HeightSource, Raster, place, read_heights, scan_heights
 from aeheight.sources.index import scan_index
 from aeheight.sources.mosaic import scan_mosaic
-from aeheight.sources.tiles import EmbeddingSource, EmbeddingTile, read_embeddings, scan_tiles
+from aeheight.sources.tile import EmbeddingSource, EmbeddingTile
+from aeheight.sources.tiles import read_embeddings, scan_tiles
 from aeheight.sources.zones import Plot, lay_out, search_boxes
 from aeheight.template import Shard
 from aeheight.windows import Region, Runs

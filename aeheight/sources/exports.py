@@ -20,7 +20,8 @@ from aeheight.errors import InputError
 from aeheight.grid import Grid
 from aeheight.settings import AccessSettings, RegionSettings
 from aeheight.sources.files import find_files, read_raster
-from aeheight.sources.tiles import EmbeddingTile, TileFile, header_grid
+from aeheight.sources.tile import EmbeddingTile, TileFile
+from aeheight.sources.tiles import declares_zero, header_grid
 
 _BAND = re.compile(r"(?:^|[_.-])A(\d\d)$")
 """A band at the end of a name: `A07`, `2024_A07`, `download.A07`."""
@@ -81,7 +82,7 @@ def _scan(href: str, access: AccessSettings) -> _Export:
     def header(dataset: Any) -> _Export:
         height, width = dataset.block_shapes[0]
         block = int(height) if height == width else 1
-        file = TileFile(href, _bands(dataset, href))
+        file = TileFile(href, _bands(dataset, href), declares_zero(dataset))
         return _Export(file, header_grid(dataset, href), block)
 
     return read_raster(href, header, access)

@@ -159,7 +159,7 @@ def opened(href: str, access: AccessSettings = _USUAL) -> Iterator[Any]:
         InputError: it is missing, no raster, or may not be read.
         OSError: it cannot be reached, or breaks off while it is read.
     """
-    configured = rasterio.Env(session=DummySession(), **_options(href, access))
+    configured = rasterio.Env(session=DummySession(), **gdal_options(href, access))
     with configured, _opening(href, access) as dataset:
         try:
             yield dataset
@@ -209,7 +209,8 @@ def _place(href: str) -> str:
     return "/".join(href.split("/", 3)[:3])
 
 
-def _options(href: str, access: AccessSettings) -> dict[str, str]:
+def gdal_options(href: str, access: AccessSettings) -> dict[str, str]:
+    """What GDAL must be told to read an href; nothing, for a file of this machine."""
     scheme = href.partition("://")[0].replace("s3a", "s3")
     if scheme not in _VSI:
         return {}

@@ -29,7 +29,8 @@ from aeheight.errors import InputError
 from aeheight.grid import Bounds, Grid, crs_name, parse_crs
 from aeheight.settings import AccessSettings, RegionSettings
 from aeheight.sources.files import read_raster
-from aeheight.sources.tiles import EmbeddingTile, TileFile, header_grid
+from aeheight.sources.tile import EmbeddingTile, TileFile
+from aeheight.sources.tiles import header_grid
 from aeheight.store import Store, plain_errors
 
 _RESOLUTION = 10.0

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import zarr
@@ -20,11 +20,9 @@ from aeheight.embeddings import BAND_NAMES, BANDS, NODATA
 from aeheight.errors import InputError
 from aeheight.grid import Grid, crs_name, parse_crs
 from aeheight.settings import AccessSettings, RegionSettings
+from aeheight.sources.tile import EmbeddingTile, TileFile
 from aeheight.store import Store, plain_errors
 from aeheight.windows import Region
-
-if TYPE_CHECKING:
-    from aeheight.sources.tiles import EmbeddingTile
 
 _ARRAY = "embeddings"
 _DIMENSIONS = ("time", "band", "y", "x")
@@ -56,7 +54,7 @@ class _Mosaic:
         return int(height) if height == width else 1
 
 
-def scan_mosaic(settings: RegionSettings) -> "list[EmbeddingTile]":
+def scan_mosaic(settings: RegionSettings) -> list[EmbeddingTile]:
     """The mosaic as one tile a year, from its metadata and the ends of its coordinates.
 
     Raises:
@@ -64,8 +62,6 @@ def scan_mosaic(settings: RegionSettings) -> "list[EmbeddingTile]":
             lacks, no CRS, coordinates that are uneven or disagree with its transform.
         OSError: it cannot be reached.
     """
-    from aeheight.sources.tiles import EmbeddingTile, TileFile  # noqa: PLC0415 (it imports this)
-
     wanted = settings.embeddings
     if not isinstance(wanted.href, str):
         raise InputError(f"embeddings.href: a mosaic is one Zarr, not a list ({wanted.href})")

@@ -17,7 +17,7 @@ from aeheight.errors import InputError
 from aeheight.grid import Grid, near_own, reproject_bounds, utm_zone
 from aeheight.settings import Bounds, RegionSettings
 from aeheight.sources.areas import boxes, clipped, squares_inside
-from aeheight.sources.tiles import EmbeddingTile
+from aeheight.sources.tile import EmbeddingTile
 from aeheight.windows import Region, Runs, runs_of, whole
 
 _MARGIN = 1.0

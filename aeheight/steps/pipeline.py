@@ -1,18 +1,18 @@
 """The steps in order: run, plan, status, verify."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from aeheight.cluster import Outcome
+from aeheight.cluster import Outcome, Progress, run_shards
 from aeheight.cube import Tree, find, open_tree
 from aeheight.errors import InputError, NotYetError
-from aeheight.receipts import Damage, Ledger
-from aeheight.receipts import verify as verify_tree
+from aeheight.receipts import Ledger, Receipt, inspect
 from aeheight.steps.run import BEST, Run
-from aeheight.template import Template
+from aeheight.store import Store
+from aeheight.template import Shard, Template
 
 Say = Callable[[dict[str, Any], list[str]], None]
 """Takes the facts for machines and the lines for people."""
@@ -205,17 +205,17 @@ def verify(run: Run, say: Say, *, repair: bool) -> int:
     ledgers = _ledgers(run)
     if not ledgers:
         raise InputError(f"there is nothing to verify at {run.store.uri}; run aeheight ingest")
-    damaged: dict[str, list[Damage]] = {}
-    for label, tree, ledger, _ in ledgers:
-        checked = list(verify_tree(tree, ledger))
-        damages = [damage for damage in checked if damage is not None]
-        say(
-            {"step": label, "checked": len(checked), "damaged": [d.shard for d in damages]},
-            [f"{label:9} {len(checked)} shards checked, {len(damages)} damaged"]
-            + [f"  damaged {damage.shard}: {damage.reason}" for damage in damages],
-        )
-        if damages:
-            damaged[label] = damages
+    damaged: dict[str, set[str]] = {}
+    with run.connection:
+        for label, tree, ledger, _ in ledgers:
+            checked, damages = _inspect(run, label, tree, ledger)
+            say(
+                {"step": label, "checked": checked, "damaged": sorted(damages)},
+                [f"{label:9} {checked} shards checked, {len(damages)} damaged"]
+                + [f"  damaged {name}: {reason}" for name, reason in sorted(damages.items())],
+            )
+            if damages:
+                damaged[label] = set(damages)
     if not damaged:
         return 0
     if not repair:
@@ -226,10 +226,34 @@ def verify(run: Run, say: Say, *, repair: bool) -> int:
         return 1
     with run.held():
         for label, _, ledger, _ in ledgers:
-            ledger.forget({damage.shard for damage in damaged.get(label, [])})
+            ledger.forget(damaged.get(label, set()))
         if "split" in damaged:
             _step("split").record_split(run)
     if "predict" in damaged:  # with the very model that the map was made with
         model = f"{run.ledger('heights').store.uri}/{_step('predict').MODEL}"
         run = replace(run, options=replace(run.options, checkpoint=model))
     return execute(run, [step for step in STEPS if step in damaged], say)
+
+
+@dataclass(frozen=True, slots=True)
+class Inspect:
+    """Compares one shard with its receipt; travels to workers as these few words."""
+
+    tree: str
+    ledger: str
+    key: str
+
+    def __call__(self, shard: Shard) -> Receipt:
+        """Read it again."""
+        return inspect(open_tree(Store(self.tree)), Ledger(Store(self.ledger), self.key), shard)
+
+
+def _inspect(run: Run, label: str, tree: Tree, ledger: Ledger) -> tuple[int, dict[str, str]]:
+    """How many shards were read again, and the reasons of those that are damaged."""
+    ledger = ledger.current()
+    shards = ledger.finished()
+    if not shards:
+        return 0, {}
+    task = Inspect(tree.store.uri, ledger.store.uri, ledger.key)
+    progress = Progress(label, len(shards), as_json=run.options.as_json)
+    return len(shards), run_shards(run.connection.client(), task, shards, progress).failed
