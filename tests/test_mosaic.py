@@ -84,8 +84,8 @@ def mosaic(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_a_tile_a_year_on_the_lattice_of_the_mosaic(mosaic: Path) -> None:
     tiles = scan_mosaic(settings(mosaic, [2021, 2019]))
     assert [(t.year, t.kind, t.block, t.href) for t in tiles] == [
-        (2019, "zarr", 32, str(mosaic)),
-        (2021, "zarr", 32, str(mosaic)),
+        (2019, "zarr", 16, str(mosaic)),
+        (2021, "zarr", 16, str(mosaic)),
     ]
     for tile in tiles:
         assert (tile.grid.crs, tile.grid.resolution, tile.grid.shape) == (GRID.crs, STEP, (70, 90))

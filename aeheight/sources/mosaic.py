@@ -49,8 +49,8 @@ class _Mosaic:
 
     @property
     def block(self) -> int:
-        """Edge of a shard, or of a chunk where there are none; 1 where they are not square."""
-        height, width = (self.array.shards or self.array.chunks)[-2:]
+        """Edge of a chunk, the least that is decoded; 1 where they are not square."""
+        height, width = self.array.chunks[-2:]
         return int(height) if height == width else 1
 
 
