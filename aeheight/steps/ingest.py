@@ -147,9 +147,7 @@ def _extent(sources: Sources, made: Template) -> dict[str, Any]:
         facts |= {label.replace("group", "bounds"): grid.bounds}
     return facts | {
         "years": list(made.years),
-        "tiles": sum(len(set(g.embeddings.tiles)) for g in sources.grounds)
-        if len(grids) == 1
-        else len({tile for ground in sources.grounds for tile in ground.embeddings.tiles}),
+        "tiles": len({tile for ground in sources.grounds for tile in ground.embeddings.tiles}),
         "covered_by_tiles": f"{100 * _covered(sources, made):.1f} % of the shards' ground",
         "height_rasters": len(files["height"]),
         "prior_rasters": len(files["prior"]),
@@ -160,7 +158,14 @@ def _extent(sources: Sources, made: Template) -> dict[str, Any]:
 def _shifts(sources: Sources) -> dict[str, Any]:
     """How the prior's heights are brought to the datum of `height`."""
     shifts = [g.prior.shift for g in sources.grounds if g.prior and g.prior.shift]
-    return {"prior_converted": str(shifts[0])} if shifts else {}
+    if not shifts:
+        return {}
+    first = shifts[0]
+    known = "accuracy unknown" if first.accuracy is None else f"to {first.accuracy:g} m"
+    return {
+        "prior_converted": f"{first.source} to {first.target} by {first.operation} ({known})",
+        **({"prior_grids": list(first.grids)} if first.grids else {}),
+    }
 
 
 def _volumes(made: Template, reader: Reader, pending: Sequence[Shard]) -> dict[str, int]:
@@ -285,7 +290,7 @@ def execute(run: Run) -> Outcome:
         run.cube.uri, tree.identity, tree.version, ledger.store.uri, ledger.key, digest(data)
     )
     outcome = carry_out(run, "ingest", ledger, _shards(made, reader), task)
-    if not outcome.failed and outcome.done:
+    if not outcome.failed:
         _refuse_empty(ledger, made)
     return outcome
 
