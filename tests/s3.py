@@ -234,6 +234,8 @@ class Chaos:
             return _hang_up(request)
         if hit and self.fault == "slow":
             await asyncio.sleep(self.late)
+            if request.transport is None or request.transport.is_closing():
+                return _hang_up(request)  # nobody waits any more: it must not overtake a later put
         status, headers, answer = await self._pass_on(request, body)
         if hit and self.fault == "lost":
             return _hang_up(request)
