@@ -161,6 +161,7 @@ class Zone:
         return float(self.meridian - 3), south, float(self.meridian + 3), north
 
 
+@lru_cache(maxsize=256)
 def utm_zone(crs: str) -> Zone | None:
     """The zone of a CRS `EPSG:326xx` or `EPSG:327xx`; None for any other."""
     match = re.fullmatch(r"EPSG:32([67])(0[1-9]|[1-5]\d|60)", crs)

@@ -133,7 +133,8 @@ def region(folder: Path, **more: Any) -> Any:
 
 def read_all(sources: Sources, group: str) -> np.ndarray:
     """The codes of a whole group, shard by shard."""
-    ground, reader = sources.ground(group), Reader(sources)
+    ground = next(each for each in sources.grounds if each.grid.name == group)
+    reader = Reader(sources)
     out = np.full((64, *ground.grid.shape), NODATA, np.int8)
     for part in tile(ground.grid.shape, 32, ground.runs):
         out[(slice(None), *part.slices)] = reader.read(Shard(group, "embedding", 2021, part))

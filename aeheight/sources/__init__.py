@@ -20,7 +20,7 @@ from aeheight.errors import InputError
 from aeheight.grid import Grid, reproject_bounds, transformer
 from aeheight.settings import RegionSettings, fingerprint
 from aeheight.sources.areas import read_aoi
-from aeheight.sources.datum import check_datum, plan_shift
+from aeheight.sources.datum import DatumShift, check_datum, plan_shift
 from aeheight.sources.exports import scan_exports
 from aeheight.sources.heights import HeightSource, Raster, place, read_heights, scan_heights
 from aeheight.sources.index import scan_index
@@ -44,6 +44,9 @@ __all__ = [
 ]
 
 
+_ANY: TypeAdapter[Any] = TypeAdapter(Any)
+
+
 @dataclass(frozen=True, slots=True)
 class Ground:
     """One group of the cube: its grid, and every file that touches it."""
@@ -62,10 +65,6 @@ class Sources:
 
     grounds: tuple[Ground, ...]
     """One a group."""
-
-    def ground(self, group: str) -> Ground:
-        """Of a group's name."""
-        return next(ground for ground in self.grounds if ground.grid.name == group)
 
     @property
     def files(self) -> dict[str, list[str]]:
@@ -202,10 +201,16 @@ def _meeting(places: NDArray[np.int64], region: Region) -> NDArray[np.bool_]:
 class _Finder:
     """The files of one layer of a group, found by where they lie."""
 
-    def __init__(self, files: Sequence[Any], places: Sequence[Region | None]) -> None:
+    def __init__(
+        self,
+        files: Sequence[Any],
+        places: Sequence[Region | None],
+        shift: DatumShift | None = None,
+    ) -> None:
         self._files = files
         self._places = _places(places)
         self._digests = [_digest(file) for file in files]
+        self._shift = [] if shift is None else [fingerprint(_ANY.dump_python(shift, mode="json"))]
 
     def touching(self, shard: Shard) -> list[int]:
         """Numbers of the files that a shard is made from, in order of precedence."""
@@ -221,8 +226,8 @@ class _Finder:
         return tuple(self._files[number] for number in self.touching(shard))
 
     def digests(self, shard: Shard) -> list[str]:
-        """Their fingerprints."""
-        return [self._digests[i] for i in self.touching(shard)]
+        """Their fingerprints, and that of what is done to their heights."""
+        return [self._digests[i] for i in self.touching(shard)] + self._shift
 
 
 def _digest(file: EmbeddingTile | Raster) -> str:
@@ -231,7 +236,7 @@ def _digest(file: EmbeddingTile | Raster) -> str:
     A local file is known by its name and size, not by its folder: data may move, and what was made
     from it stays.
     """
-    record = TypeAdapter(Any).dump_json(file).decode()
+    record = _ANY.dump_json(file).decode()
     files = file.files if isinstance(file, EmbeddingTile) else (file,)
     for path in (Path(each.href) for each in files):
         if path.is_file():
@@ -244,15 +249,12 @@ class Reader:
     """What tasks and plans ask of sources: what a shard is made from, and its pixels."""
 
     def __init__(self, sources: Sources) -> None:
-        self.sources = sources
+        self._grounds = {ground.grid.name: ground for ground in sources.grounds}
         self._finders: dict[tuple[str, str], _Finder] = {}
 
     def inputs(self, shard: Shard) -> str:
         """Fingerprint of all that a shard is made from: the headers of the files that touch it."""
-        ground = self.sources.ground(shard.group)
-        shift = ground.prior.shift if shard.layer == "prior" and ground.prior else None
-        named = TypeAdapter(Any).dump_python(shift, mode="json")
-        return fingerprint([self._finder(shard).digests(shard), named])
+        return fingerprint(self._finder(shard).digests(shard))
 
     def read(self, shard: Shard) -> NDArray[Any]:
         """The pixels of a shard: int8 codes (64, rows, columns) or metres (rows, columns).
@@ -261,7 +263,7 @@ class Reader:
             OSError: a file breaks off.
             InputError: a file is not what its header says.
         """
-        ground, files = self.sources.ground(shard.group), self._finder(shard).chosen(shard)
+        ground, files = self._grounds[shard.group], self._finder(shard).chosen(shard)
         if shard.layer == "embedding":
             assert shard.year is not None
             source = replace(ground.embeddings, tiles=files)
@@ -272,7 +274,7 @@ class Reader:
 
     def bytes_to_read(self, shard: Shard) -> int:
         """Raw bytes of the source pixels under a shard, as far as headers tell."""
-        ground, total = self.sources.ground(shard.group), 0
+        ground, total = self._grounds[shard.group], 0
         for file in self._finder(shard).chosen(shard):
             there = (
                 file.reaches(ground.grid)
@@ -287,7 +289,7 @@ class Reader:
     def _finder(self, shard: Shard) -> _Finder:
         key = (shard.group, shard.layer)
         if key not in self._finders:
-            self._finders[key] = self._find(self.sources.ground(shard.group), shard.layer)
+            self._finders[key] = self._find(self._grounds[shard.group], shard.layer)
         return self._finders[key]
 
     def _find(self, ground: Ground, layer: str) -> _Finder:
@@ -296,7 +298,8 @@ class Reader:
             return _Finder(tiles, [tile.reaches(ground.grid) for tile in tiles])
         source = {"height": ground.height, "prior": ground.prior}[layer]
         rasters = source.rasters if source else ()
-        return _Finder(rasters, [place(raster, ground.grid) for raster in rasters])
+        shift = source.shift if source else None
+        return _Finder(rasters, [place(raster, ground.grid) for raster in rasters], shift)
 
 
 def _bytes_per_pixel(file: EmbeddingTile | Raster, grid: Grid) -> float:

@@ -6,10 +6,12 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import rasterio
+from rasterio._env import set_gdal_config
 from rasterio.errors import RasterioIOError
 from rasterio.session import DummySession
 
@@ -38,6 +40,8 @@ _REMOTE = {
     "GDAL_INGESTED_BYTES_AT_OPEN": "131072",
 }
 """GDAL's options for what is read over a network; the environment's own come before them."""
+_CACHE = 32 << 20
+"""Bytes of decoded blocks that GDAL keeps; as a number of bytes it sets the limit at once."""
 _SAFE = {"GDAL_NUM_THREADS": "1"}
 """With threads, GDAL 3.10 asks for many blocks at once, and takes one that fails for zeros."""
 _PAUSES = (0.2, 0.6, 2.0, 5.0, 5.0)
@@ -159,6 +163,7 @@ def opened(href: str, access: AccessSettings = _USUAL) -> Iterator[Any]:
         InputError: it is missing, no raster, or may not be read.
         OSError: it cannot be reached, or breaks off while it is read.
     """
+    _bound_cache()
     configured = rasterio.Env(session=DummySession(), **gdal_options(href, access))
     with configured, _opening(href, access) as dataset:
         try:
@@ -166,6 +171,13 @@ def opened(href: str, access: AccessSettings = _USUAL) -> Iterator[Any]:
         except RasterioIOError as error:
             cause = error.__cause__ or error
             raise OSError(f"{href} breaks off while it is read: {cause}") from error
+
+
+@cache
+def _bound_cache() -> None:
+    """Once a process: GDAL would keep 5 % of the machine's memory in blocks that are used once."""
+    if "GDAL_CACHEMAX" not in os.environ:
+        set_gdal_config("GDAL_CACHEMAX", _CACHE)
 
 
 def _opening(href: str, access: AccessSettings) -> Any:
