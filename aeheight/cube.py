@@ -29,7 +29,7 @@ from aeheight.store import Store, plain_errors
 from aeheight.template import Layer, Shard, Template, plain_nodata
 from aeheight.windows import Region, whole
 
-FORMAT = 1
+FORMAT = 2
 _NOTE = "note.json"
 
 
@@ -111,6 +111,7 @@ class Tree:
             raise ValueError(
                 f"{shard.name} is {spec.dtype} {promised}, got {values.dtype} {values.shape}"
             )
+        self._refuse_stale()
         cut, key = self.template.cut, self._key(spec, shard)
         data = encode_shard(values, cut.shard, cut.chunk, spec.nodata)
         if data is not None:
@@ -118,6 +119,20 @@ class Tree:
         else:
             self.store.remove_many([key])  # Zarr keeps no shard that is all nodata
         return checksum(values)
+
+    def _refuse_stale(self) -> None:
+        """A straggler must not write where another year lies by now.
+
+        Raises:
+            OSError: the tree was given more years, or made anew, since it was opened.
+        """
+        found = find(self.store)
+        if (
+            found is None
+            or found["identity"] != self.identity
+            or (fingerprint(found["template"]) != self.version)
+        ):
+            raise OSError(f"{self.store.uri} has changed since it was opened; run again")
 
     def _check(self, shard: Shard) -> Layer:
         """The layer of a shard, if it is a whole one of this tree.
@@ -225,6 +240,12 @@ def _grow(store: Store, old: Template, new: Template) -> None:
     note = {"old": old.describe(), "new": new.describe(), "moved": 0}
     _growing(store).write(_NOTE, json.dumps(note).encode())
     finish_growing(store)
+
+
+def remove_tree(store: Store) -> None:
+    """Remove a tree, also one that is half grown."""
+    _growing(store).remove()
+    store.remove()
 
 
 def _growing(store: Store) -> Store:

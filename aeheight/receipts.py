@@ -32,7 +32,7 @@ from aeheight.settings import differences, fingerprint
 from aeheight.store import Store
 from aeheight.template import Shard
 
-FORMAT = 1
+FORMAT = 2
 _SETTINGS = "settings.json"
 _LEASE = "lease.json"
 _LEASE_SECONDS = 60.0
@@ -288,6 +288,8 @@ class Ledger:
 
     def forget(self, names: Collection[str]) -> None:
         """Remove every receipt of some shards, so that they are made again."""
+        if not names:
+            return
         doomed = [self._entry(name, inputs) for name, inputs in self._entries() if name in names]
         self.store.remove_many(doomed)
 
@@ -352,7 +354,7 @@ def lease(store: Store) -> Iterator[None]:
     def renew() -> None:
         while not stop.wait(_LEASE_SECONDS / 4):
             # A store that is out of reach for a moment is tried again.
-            with suppress(OSError):
+            with suppress(OSError, InputError):
                 if _holder(store).get("token", token) != token:
                     _log.error("another driver has taken %s: this one stops", store.uri)
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)

@@ -205,7 +205,7 @@ def test_an_unknown_format_is_refused(store: Store) -> None:
     metadata = json.loads(store.read("zarr.json"))
     metadata["attributes"]["aeheight"]["format"] = 99
     store.write("zarr.json", json.dumps(metadata).encode())
-    with pytest.raises(InputError, match="format 99, this version reads 1"):
+    with pytest.raises(InputError, match="format 99, this version reads 2"):
         create(store, TEMPLATE)
 
 

@@ -9,7 +9,7 @@ import pytest
 import xarray as xr
 
 from aeheight import cube
-from aeheight.cube import Tree, create, open_tree
+from aeheight.cube import Tree, create, open_tree, remove_tree
 from aeheight.errors import InputError
 from aeheight.receipts import Ledger, receipt_for
 from aeheight.store import Store
@@ -119,6 +119,33 @@ def test_killed_while_growing_and_the_mind_changed(
     with pytest.raises(InputError, match="years"):
         create(store, TEMPLATE)
     same(open_tree(store), written)
+
+
+def test_what_was_killed_while_growing_can_be_discarded(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_tree(store)
+    monkeypatch.setattr(cube, "_rewrite_metadata", lambda *_: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        create(store, replace(TEMPLATE, years=(2019, 2020, 2022)))
+    monkeypatch.undo()
+    remove_tree(store)
+    assert not note(store)
+    same(create(store, TEMPLATE), {})
+
+
+def test_a_straggler_does_not_write_where_another_year_lies(store: Store) -> None:
+    """Its year has moved along the axis since it opened the tree."""
+    old, written = full_tree(store)
+    create(store, replace(TEMPLATE, years=(2019, 2020, 2022)))
+    late = next(shard for shard in TEMPLATE.shards("embedding") if shard.year == 2022)
+    with pytest.raises(OSError, match="has changed since it was opened"):
+        old.write(late, values_for(late))
+    same(open_tree(store), written)
+    remove_tree(store)
+    create(store, TEMPLATE)
+    with pytest.raises(OSError, match="has changed since it was opened"):
+        old.write(late, values_for(late))
 
 
 def test_ground_is_added(store: Store) -> None:

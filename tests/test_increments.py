@@ -14,6 +14,7 @@ from tests.runs import (
     Regions,
     Result,
     arrays,
+    flip,
     one_message,
     same_map,
     snapshot,
@@ -171,3 +172,69 @@ def test_a_tile_outside_the_grid_is_refused_where_tiles_fix_it(
         result = aeheight(verb[0], region.path, *verb[1:])
         assert result.code == 2
         one_message(result.err, "another grid", "utm31n: [431230.0", "aoi", "--overwrite")
+
+
+def test_files_of_equal_names_are_counted(
+    world: World, regions: Regions, aeheight: Command
+) -> None:
+    """Two folders with a `dem.tif` each: the disk of one is not there today."""
+    for name in ("west", "east"):
+        (regions.folder / name).mkdir()
+        shutil.copy2(world.prior, regions.folder / name / "dem.tif")
+    about = {"surface": "dsm", "vertical_datum": "EPSG:5773"}
+    height = {"source": "raster", "href": ["west", "east"], **about}
+    region = regions.write("names", height=height, prior=None)
+    assert aeheight("ingest", region.path).code == 0
+    (regions.folder / "east" / "dem.tif").rename(regions.folder / "elsewhere.tif")
+    (regions.folder / "east" / "other.tif").symlink_to(world.prior)
+    result = aeheight("ingest", region.path)
+    assert result.code == 2
+    one_message(result.err, "1 files", "no longer there")
+
+
+def test_a_file_that_was_corrected_is_read_again(
+    world: World, regions: Regions, aeheight: Command
+) -> None:
+    """In place, header and size the same; and its heights move the report's classes."""
+    path = regions.folder / "dsm.tif"
+    with rasterio.open(world.prior) as source:
+        profile, heights = source.profile, source.read(1)
+    profile = {k: profile[k] for k in ("width", "height", "crs", "transform", "dtype", "count")}
+
+    def write(values: np.ndarray) -> None:
+        with rasterio.open(path, "w", driver="GTiff", **profile) as target:
+            target.write(values, 1)
+
+    write(heights)
+    size = path.stat().st_size
+    about = {"surface": "dsm", "vertical_datum": "EPSG:5773"}
+    region = regions.write(
+        "corrected",
+        height={"source": "raster", "href": "dsm.tif", **about},
+        prior=None,
+        model={"architecture": "ridge", "base": "none"},
+        predict={"window": 64, "halo": 16, "batch": 2},
+    )
+    assert aeheight("run", region.path).code == 0
+    before = arrays(region.cube)["height"]
+    write(heights + 900)
+    assert path.stat().st_size == size
+    result = aeheight("run", region.path)
+    assert result.code == 0, result.err
+    np.testing.assert_allclose(arrays(region.cube)["height"], before + 900, atol=1e-3)
+    assert min(row["lo"] for row in region.metrics()["by"]["height"]) > 800
+
+
+def test_repair_of_the_only_shard_keeps_the_cube(
+    regions: Regions, aeheight: Command, scheduler: str
+) -> None:
+    at = ("--scheduler", scheduler)
+    region = regions.write("single", height=None, prior=None, cube={"shard": 256, "chunk": 128})
+    assert aeheight("ingest", region.path, *at).code == 0
+    identity = json.loads((region.cube / "zarr.json").read_text())["attributes"]["aeheight"]
+    flip(region.cube / "utm31n" / "embedding" / "c" / "0" / "0" / "0" / "0")
+    assert aeheight("verify", region.path, *at).code == 1
+    assert aeheight("verify", region.path, "--repair", *at).code == 0
+    assert aeheight("verify", region.path, *at).code == 0
+    now = json.loads((region.cube / "zarr.json").read_text())["attributes"]["aeheight"]
+    assert now["identity"] == identity["identity"]

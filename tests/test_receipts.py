@@ -159,7 +159,7 @@ def test_an_unknown_receipt_format_is_refused(ledger: Ledger) -> None:
     ledger.leave(receipt_of(SHARDS[0]))
     described = json.loads(ledger.store.read(f"{ledger.key}/{name}.json"))
     ledger.store.write(f"{ledger.key}/{name}.json", json.dumps(described | {"format": 99}).encode())
-    with pytest.raises(InputError, match="format 99, this version reads 1"):
+    with pytest.raises(InputError, match="format 99, this version reads 2"):
         ledger.receipt(name)
 
 

@@ -5,8 +5,8 @@ beside the receipts and sent to nobody; a task loads it once, as a `Reader`, and
 its own shard from the files that touch it.
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from aeheight.errors import InputError
 from aeheight.grid import Grid, reproject_bounds, transformer
 from aeheight.settings import RegionSettings, fingerprint
 from aeheight.sources.areas import read_aoi
-from aeheight.sources.datum import DatumShift, check_datum, plan_shift
+from aeheight.sources.datum import DatumShift, plan_shift
 from aeheight.sources.exports import scan_exports
 from aeheight.sources.heights import HeightSource, Raster, place, read_heights, scan_heights
 from aeheight.sources.index import scan_index
@@ -77,14 +77,22 @@ class Sources:
                 found[key] |= dict.fromkeys(r.href for r in (source.rasters if source else ()))
         return {key: list(hrefs) for key, hrefs in found.items()}
 
-    @property
-    def names(self) -> dict[str, str]:
-        """The href of every file by what it is known by, wherever it lies: use, year and name."""
-        return {
-            f"{key} {parse_tile_name(href).year or ''} {href.rpartition('/')[2]}": href
-            for key, hrefs in self.files.items()
-            for href in hrefs
-        }
+    def lacks(self, known: "Sources") -> list[str]:
+        """Files that others had and these have not, wherever they lie.
+
+        A file is known by its use, its year and its name; of equal names there must be as many.
+        """
+        have, lost = Counter(name for name, _ in self._named()), []
+        for name, href in known._named():
+            have[name] -= 1
+            if have[name] < 0:
+                lost.append(href)
+        return lost
+
+    def _named(self) -> Iterator[tuple[str, str]]:
+        for key, hrefs in self.files.items():
+            for href in hrefs:
+                yield f"{key} {parse_tile_name(href).year} {href.rpartition('/')[2]}", href
 
     def to_bytes(self) -> bytes:
         """JSON."""
@@ -110,9 +118,6 @@ def scan(settings: RegionSettings) -> Sources:
         InputError: a file is missing or is not what the settings say; files that do not fit the
             grid or each other; nothing that touches the grid.
     """
-    for key, wanted in (("height", settings.height), ("prior", settings.prior)):
-        if wanted:
-            check_datum(wanted.vertical_datum, key)
     shapes = read_aoi(settings)
     if settings.embeddings.source == "index":
         tiles = scan_index(settings, search_boxes(settings, shapes))
@@ -209,7 +214,7 @@ class _Finder:
     ) -> None:
         self._files = files
         self._places = _places(places)
-        self._digests = [_digest(file) for file in files]
+        self._digests: list[str] = []
         self._shift = [] if shift is None else [fingerprint(_ANY.dump_python(shift, mode="json"))]
 
     def touching(self, shard: Shard) -> list[int]:
@@ -227,22 +232,24 @@ class _Finder:
 
     def digests(self, shard: Shard) -> list[str]:
         """Their fingerprints, and that of what is done to their heights."""
+        self._digests = self._digests or [_digest(file) for file in self._files]
         return [self._digests[i] for i in self.touching(shard)] + self._shift
 
 
 def _digest(file: EmbeddingTile | Raster) -> str:
     """Fingerprint of a file's header.
 
-    A local file is known by its name and size, not by its folder: data may move, and what was made
-    from it stays.
+    A local file is known by its name, size and time of change, not by its folder: data may move,
+    and what was made from it stays. A remote one is known by its URI.
     """
-    record = _ANY.dump_json(file).decode()
+    record = _ANY.dump_json(file)
     files = file.files if isinstance(file, EmbeddingTile) else (file,)
     for path in (Path(each.href) for each in files):
         if path.is_file():
-            known = f"{path.name} of {path.stat().st_size} bytes"
-            record = record.replace(json.dumps(str(path)), json.dumps(known))
-    return fingerprint(record)
+            state = path.stat()
+            known = f"{path.name} of {state.st_size} bytes, {state.st_mtime_ns}"
+            record = record.replace(_ANY.dump_json(str(path)), _ANY.dump_json(known))
+    return fingerprint(record.decode())
 
 
 class Reader:

@@ -12,9 +12,11 @@ from rasterio.features import geometry_mask
 from rasterio.warp import transform_geom
 
 from aeheight.errors import InputError
-from aeheight.grid import Grid
+from aeheight.grid import Grid, Zone, utm_zone
 from aeheight.settings import Bounds, RegionSettings
 
+_FAR, _POLE = 12.0, 84.5
+"""Degrees from a zone's meridian, and of latitude, in which its coordinates are asked for."""
 _STEP = 0.05
 """Degrees between the corners of an outline before it is moved to another CRS: there its straight
 lines are bent."""
@@ -150,9 +152,30 @@ def squares_inside(shapes: Sequence[Any], grid: Grid, edge: int) -> NDArray[np.b
 
 def _moved(shapes: Sequence[Any], crs: str, name: str) -> list[Any]:
     try:
-        return [transform_geom("EPSG:4326", crs, _dense(shape)) for shape in shapes]
+        zone = utm_zone(crs)
+        return [transform_geom("EPSG:4326", crs, _near(_dense(shape), zone)) for shape in shapes]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{name} is no GeoJSON with polygons: {error}") from error
+
+
+def _near(shape: Any, zone: Zone | None) -> Any:
+    """A polygon pressed into the degrees where a zone's coordinates mean something.
+
+    Corners beyond move to the rim of these degrees: what lies inside is the same.
+    """
+    if zone is None:
+        return shape
+    west, _, east, _ = geometry_bounds(shape)
+    turn = 360 * round((zone.meridian - (west + east) / 2) / 360) if east - west < 180 else 0
+    low, high = zone.meridian - _FAR, zone.meridian + _FAR
+    rings = [
+        [
+            [(min(max(x + turn, low), high), min(max(y, -_POLE), _POLE)) for x, y in ring]
+            for ring in polygon
+        ]
+        for polygon in shape["coordinates"]
+    ]
+    return {"type": "MultiPolygon", "coordinates": rings}
 
 
 def _dense(shape: Any) -> Any:

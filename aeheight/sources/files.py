@@ -93,7 +93,7 @@ def _matches(href: str, access: AccessSettings) -> list[str]:
         return _without_doubles([str(p) for p in path.rglob("*") if p.suffix.lower() in _RASTERS])
     if path.exists():
         return [href]
-    return sorted(glob.glob(href, recursive=True))  # noqa: PTH207 (an absolute pattern)
+    return _without_doubles(glob.glob(href, recursive=True))  # noqa: PTH207 (an absolute pattern)
 
 
 def _in_bucket(href: str, access: AccessSettings) -> list[str]:

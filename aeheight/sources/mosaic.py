@@ -8,7 +8,6 @@ wide. That geometry, not the tiles', is what a cube of it has and records. Codes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,6 @@ def scan_mosaic(settings: RegionSettings) -> list[EmbeddingTile]:
     if not isinstance(wanted.href, str):
         raise InputError(f"embeddings.href: a mosaic is one Zarr, not a list ({wanted.href})")
     href = settings.resolve(wanted.href).rstrip("/")
-    _opened.cache_clear()
     mosaic = _opened(href, wanted.access)
     if missing := sorted(set(wanted.years) - set(mosaic.years)):
         raise InputError(f"embeddings.year: {href} has no {missing}; it has {list(mosaic.years)}")
@@ -129,7 +127,6 @@ def _breaks_off(href: str) -> Iterator[None]:
         raise OSError(f"{href} breaks off while it is read: {error}") from error
 
 
-@lru_cache(maxsize=8)
 def _opened(href: str, access: AccessSettings) -> _Mosaic:
     """A worker opens a mosaic once, not once a shard: its metadata are several requests."""
     group = _group(href, access)

@@ -31,10 +31,12 @@ from aeheight.windows import Region
 _FLOATS = ("float32", "float64")
 _BANDS_AT_ONCE = 8
 """Of a file that stores band by band: few are held, and rasterio is not asked 64 times."""
+_HEADERS = 16
+"""Headers that are read at a time."""
 _CONNECTIONS = 8
 """Reads at a time of a remote file: with 50 ms to the store 5 times as fast as one."""
-_STRIP = 64
-"""Rows whose coordinates in another zone are held at once."""
+_STRIP = 512
+"""Rows whose coordinates in another zone are held at once; blocks at their rim are read twice."""
 
 
 def scan_tiles(settings: RegionSettings) -> list[EmbeddingTile]:
@@ -51,11 +53,19 @@ def scan_tiles(settings: RegionSettings) -> list[EmbeddingTile]:
         raise InputError(
             f"embeddings.year: no tile of {missing} among {wanted.href!r}; there are {sorted(have)}"
         )
-    tiles = [
-        _scan_tile(href, named[href], wanted.years, wanted.access)
-        for href in hrefs
-        if named[href] is None or named[href] in wanted.years
-    ]
+    chosen = [href for href in hrefs if named[href] is None or named[href] in wanted.years]
+    if len(wanted.years) > 1 and (nameless := [href for href in chosen if named[href] is None]):
+        raise InputError(
+            f"{nameless[0]}: its path names no year, and the settings ask for "
+            f"{list(wanted.years)}; lay the tiles in folders YEAR/ZONE/, or read one year"
+        )
+
+    def scanned(href: str) -> EmbeddingTile:
+        year = named[href] or wanted.years[0]
+        return read_raster(href, partial(_described, href, year), wanted.access)
+
+    with ThreadPoolExecutor(_HEADERS) as pool:
+        tiles = list(pool.map(scanned, chosen))
     refuse_doubles([tile for tile in tiles if named[tile.href] is None])
     return tiles
 
@@ -77,25 +87,12 @@ def refuse_doubles(tiles: Sequence[EmbeddingTile]) -> None:
             )
 
 
-def _scan_tile(
-    href: str, named: int | None, years: tuple[int, ...], access: AccessSettings
-) -> EmbeddingTile:
-    if named is None and len(years) > 1:
-        raise InputError(
-            f"{href}: its path names no year, and the settings ask for {list(years)}; lay the "
-            "tiles in folders YEAR/ZONE/, or read one year"
-        )
-    with opened(href, access) as dataset:
-        if dataset.count != BANDS:
-            raise InputError(
-                f"{href} is no AlphaEarth tile: {dataset.count} bands instead of {BANDS}"
-            )
-        return EmbeddingTile(
-            (TileFile(href, zero_is_missing=declares_zero(dataset)),),
-            header_grid(dataset, href),
-            named or years[0],
-            block=_block(dataset),
-        )
+def _described(href: str, year: int, dataset: Any) -> EmbeddingTile:
+    """A tile by its header."""
+    if dataset.count != BANDS:
+        raise InputError(f"{href} is no AlphaEarth tile: {dataset.count} bands instead of {BANDS}")
+    file = TileFile(href, zero_is_missing=declares_zero(dataset))
+    return EmbeddingTile((file,), header_grid(dataset, href), year, block=_block(dataset))
 
 
 def header_grid(dataset: Any, href: str) -> Grid:
@@ -245,11 +242,12 @@ def _fill_nearest(
             continue
         row, col, (down, right) = row[inside], col[inside], wanted[inside].T
         part = Region(int(row.min()), int(col.min()), int(np.ptp(row)) + 1, int(np.ptp(col)) + 1)
-        codes = np.full((BANDS, *part.shape), NODATA, dtype=np.int8)
-        _fill(codes, np.ones(part.shape, dtype=np.bool_), tile, part, access)
-        codes = codes[:, row - part.row, col - part.col]
-        out[:, down, right] = codes
-        empty[down, right] = codes[0] == NODATA
+        there = np.full((BANDS, *part.shape), NODATA, dtype=np.int8)
+        _fill(there, np.ones(part.shape, dtype=np.bool_), tile, part, access)
+        row, col = row - part.row, col - part.col
+        for band, codes in zip(out, there, strict=True):
+            band[down, right] = codes[row, col]
+        empty[down, right] = there[0, row, col] == NODATA
 
 
 def _bands(
@@ -272,10 +270,10 @@ def _bands_of(
     file: TileFile, tile: EmbeddingTile, part: Region, access: AccessSettings
 ) -> Iterator[tuple[int, NDArray[np.int8]]]:
     remote = "://" in file.href
-    bottom_up, mixed, numbers = read_raster(file.href, partial(_look, file.href, tile.grid), access)
+    look = partial(_look, file.href, tile.grid)
+    bottom_up, share, numbers = read_raster(file.href, look, access)
     row = tile.grid.shape[0] - part.bottom if bottom_up else part.row
     window = Window(part.col, row, part.width, part.height)
-    share = len(numbers) if mixed else _BANDS_AT_ONCE
     groups = [numbers[k : k + share] for k in range(0, len(numbers), share)]
     bands = iter(file.bands or range(BANDS))
 
@@ -294,8 +292,8 @@ def _bands_of(
                 yield next(bands), codes[::-1] if bottom_up else codes
 
 
-def _look(href: str, planned: Grid, dataset: Any) -> tuple[bool, bool, Sequence[int]]:
-    """Whether a file is bottom-up, whether it stores all bands of a pixel together; its bands.
+def _look(href: str, planned: Grid, dataset: Any) -> tuple[bool, int, Sequence[int]]:
+    """Whether a file is bottom-up, how many bands of it are read at a time, and its bands.
 
     Raises:
         OSError: it does not lie where the plan says.
@@ -306,8 +304,11 @@ def _look(href: str, planned: Grid, dataset: Any) -> tuple[bool, bool, Sequence[
             f"{href} is not what the plan saw: it covers {list(found.bounds)} "
             f"({found.crs}) instead of {list(planned.bounds)} ({planned.crs}); plan again"
         )
-    mixed = dataset.interleaving == Interleaving.pixel and dataset.count > 1
-    return dataset.transform.e > 0, mixed, dataset.indexes
+    # A band of floats is as large as eight of codes.
+    share = 1 if dataset.dtypes[0] in _FLOATS else _BANDS_AT_ONCE
+    if dataset.interleaving == Interleaving.pixel:
+        share = dataset.count
+    return dataset.transform.e > 0, share, dataset.indexes
 
 
 def _codes(dataset: Any, numbers: Sequence[int], window: Window) -> NDArray[np.int8]:
@@ -325,9 +326,9 @@ def _codes(dataset: Any, numbers: Sequence[int], window: Window) -> NDArray[np.i
         for col in range(window.col_off // width * width, right, width):
             part = window.intersection(Window(col, row, width, height))
             down, along = part.row_off - window.row_off, part.col_off - window.col_off
-            codes[:, down : down + part.height, along : along + part.width] = _quantised(
-                dataset.read(list(numbers), window=part), dataset
-            )
+            place = slice(down, down + part.height), slice(along, along + part.width)
+            for band, values in zip(codes, dataset.read(list(numbers), window=part), strict=True):
+                band[place] = _quantised(values, dataset)
     return codes
 
 

@@ -208,15 +208,11 @@ def _draft(
     if shapes is None:
         near = [tile for tile in tiles if _is_neighbour(tile.grid.crs, first.crs)]
         cover = _hull([*own_places, *filter(None, (tile.reaches(first) for tile in near))])
-        return first.part(cover)
+        return first.part(_snapped(settings, cover, own) if near else cover)
     areas = [_pixels(first, area) for area in _within_zone(first.crs, len(lattices) > 1, shapes)]
     if not areas:
         return None
-    cover = _hull(areas)
-    edge, block = settings.cube.shard, {tile.block for tile in own}
-    if max(cover.shape) > edge and len(block) == 1:
-        cover = _snapped(cover, own_places[0], block.pop())
-    return first.part(cover)
+    return first.part(_snapped(settings, _hull(areas), own))
 
 
 def _is_neighbour(crs: str, other: str) -> bool:
@@ -249,10 +245,16 @@ def _hull(regions: Sequence[Region]) -> Region:
     return Region(top, left, bottom - top, right - left)
 
 
-def _snapped(cover: Region, tile: Region, block: int) -> Region:
-    """Grown outward to the edges of the tiles' blocks, so that no block is read by two tasks."""
-    row = (cover.row - tile.row) // block * block + tile.row
-    col = (cover.col - tile.col) // block * block + tile.col
+def _snapped(settings: RegionSettings, cover: Region, own: Sequence[EmbeddingTile]) -> Region:
+    """Grown outward to the edges of the first tile's blocks: so no block is read by two tasks.
+
+    What fits into one shard stays as it is: there is one task.
+    """
+    blocks = {tile.block for tile in own}
+    if max(cover.shape) <= settings.cube.shard or len(blocks) > 1:
+        return cover
+    block = blocks.pop()
+    row, col = cover.row // block * block, cover.col // block * block
     height = -(-(cover.bottom - row) // block) * block
     return Region(row, col, height, -(-(cover.right - col) // block) * block)
 

@@ -39,12 +39,15 @@ def plan(run: Run) -> Plan:
     """
     _need_height(run)
     tree = run.whole_cube()
-    cube, shards = tree.template, _shards(run, tree.template)
+    maps = run.ledger("heights").store
+    made = Checkpoint.from_bytes(maps.read(MODEL)) if maps.exists(MODEL) else None
+    year = _judged_year(tree.template, made)
+    cube, shards = tree.template, _shards(run, tree.template, year)
     per_pixel = 64 + 4 * sum(layer.dtype == "float32" for layer in cube.layers) + 5
     return Plan(
         "evaluate",
         {
-            "year": cube.years[0],
+            "year": year,
             "shards": len(shards),
             "pending": run.left("report", shards),
             "bytes_to_read": per_pixel * sum(shard.region.size for shard in shards),
@@ -58,12 +61,18 @@ def _need_height(run: Run) -> None:
         raise InputError("evaluation needs a reference: the region has no `height`")
 
 
-def _shards(run: Run, cube: Template) -> list[Shard]:
-    """One a shard of the map's first year: references carry no year to tell years apart.
+def _judged_year(cube: Template, checkpoint: Checkpoint | None) -> int:
+    """The first year that the model was trained on, else the first: references carry no year."""
+    known = checkpoint.provenance.years if checkpoint else ()
+    trained = [year for year in cube.years if year in known]
+    return (trained or cube.years)[0]
+
+
+def _shards(run: Run, cube: Template, year: int) -> list[Shard]:
+    """One a shard of the map in the year that is judged.
 
     Each with the shards of cube and map that it is summed from.
     """
-    year = cube.years[0]
     read: dict[str, int | None] = {"embedding": year, "height": None}
     if any(layer.name == "prior" for layer in cube.layers):
         read["prior"] = None
@@ -108,16 +117,20 @@ def execute(run: Run) -> Outcome:
     split = record_split(run)
     edges = _height_edges(run, cube.template)
     heights = open_tree(run.heights)
-    ledger = ledger.begin(
-        {
-            "heights": heights.identity,
-            "checkpoint": checkpoint.digest,
-            "cube": cube.identity,
-            "split": split,
-            "height_classes": list(edges),
-            "slope_classes": list(SLOPES),
-        }
-    )
+    year = _judged_year(cube.template, checkpoint)
+    settings = {
+        "heights": heights.identity,
+        "checkpoint": checkpoint.digest,
+        "cube": cube.identity,
+        "split": split,
+        "year": year,
+        "height_classes": list(edges),
+        "slope_classes": list(SLOPES),
+    }
+    found = ledger.settings()
+    if found is not None and found | {"height_classes": list(edges)} == settings != found:
+        ledger.discard()  # later heights have moved the classes: the sums are made again
+    ledger = ledger.begin(settings)
     task = SumUp(
         cube.store.uri,
         heights.store.uri,
@@ -128,10 +141,10 @@ def execute(run: Run) -> Outcome:
         ledger.key,
         edges,
     )
-    shards = _shards(run, cube.template)
+    shards = _shards(run, cube.template, year)
     outcome = carry_out(run, "evaluate", ledger, shards, task)
     if not outcome.failed and (outcome.done or not run.report.exists("index.html")):
-        summarise(run, cube.template, shards, checkpoint, edges, SLOPES)
+        summarise(run, cube.template, year, shards, checkpoint, edges, SLOPES)
     return outcome
 
 

@@ -20,6 +20,7 @@ from aeheight.cube import (
     find,
     finish_growing,
     open_tree,
+    remove_tree,
 )
 from aeheight.errors import InputError
 from aeheight.receipts import Ledger, Receipt, receipt_for
@@ -254,11 +255,10 @@ def _refuse_lost(run: Run, sources: Sources) -> None:
     ledger = run.ledger("cube")
     if not ledger.done() or not ledger.store.exists(SOURCES):
         return
-    known = Sources.from_bytes(ledger.store.read(SOURCES)).names
-    if lost := sorted(set(known) - set(sources.names)):
+    if lost := sources.lacks(Sources.from_bytes(ledger.store.read(SOURCES))):
         raise InputError(
             f"{len(lost)} files that the cube was made from are no longer there:\n  "
-            + "\n  ".join(known[name] for name in lost[:10])
+            + "\n  ".join(lost[:10])
             + "\nput them back, or run with --overwrite to make the cube without them"
         )
 
@@ -273,12 +273,12 @@ def execute(run: Run) -> Outcome:
     made, reader = template(run.settings, sources), Reader(sources)
     ledger = run.ledger("cube")
     if run.options.overwrite:
-        run.discard(ledger.store, run.ledger("split").store, run.cube)
+        run.discard(ledger.store, run.ledger("split").store)
+        remove_tree(run.cube)
     else:
         finish_growing(run.cube)
         _check(run, made, sources)
-        if find(run.cube) and not ledger.done():
-            run.cube.remove()  # nothing was made of it yet: it need not stay as it was planned
+        _drop_unmade(run, made)
     tree = create(run.cube, made)
     ledger = ledger.begin(cube_settings(run.settings) | {"cube_identity": tree.identity})
     data = sources.to_bytes()
@@ -293,6 +293,15 @@ def execute(run: Run) -> Outcome:
     if not outcome.failed:
         _refuse_empty(ledger, made)
     return outcome
+
+
+def _drop_unmade(run: Run, made: Template) -> None:
+    """Remove a cube of another plan that nothing was made of yet: it need not stay as it was."""
+    found = find(run.cube)
+    if found is None or run.ledger("cube").done():
+        return
+    if not made.extends(replace(Template.described(found["template"]), title=made.title)):
+        remove_tree(run.cube)
 
 
 def _refuse_empty(ledger: Ledger, made: Template) -> None:

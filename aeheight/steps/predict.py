@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from aeheight.cluster import Outcome
-from aeheight.cube import Tree, create, open_tree
+from aeheight.cube import Tree, create, open_tree, remove_tree
 from aeheight.embeddings import BANDS
 from aeheight.errors import InputError
 from aeheight.inference import predict_region
@@ -136,6 +136,12 @@ def _check(run: Run, cube: Tree, checkpoint: Checkpoint) -> None:
             f"the model was trained on pixels of {trained:g} m, this region's are {here:g} m: the "
             "same window shows other ground; use a model trained at this resolution"
         )
+    halos = cube.template.cut.halo, run.settings.predict.halo
+    if len(cube.template.grids) > 1 and checkpoint.weights and halos[0] < halos[1]:
+        raise InputError(
+            f"cube.halo {halos[0]} is less than predict.halo {halos[1]}: past a zone's edge the "
+            "network would see nothing; make predict.halo smaller, or cube.halo larger"
+        )
     if checkpoint.base == "prior" and not any(
         layer.name == "prior" for layer in cube.template.layers
     ):
@@ -163,7 +169,8 @@ def execute(run: Run) -> Outcome:
     _check(run, cube, checkpoint)
     made, ledger = template(cube.template, checkpoint), run.ledger("heights")
     if run.options.overwrite:
-        run.discard(ledger.store, run.heights)
+        run.discard(ledger.store)
+        remove_tree(run.heights)
     tree = create(run.heights, made)
     ledger = ledger.begin(_begun_with(run, cube, checkpoint) | {"heights": tree.identity})
     if not ledger.store.exists(MODEL):

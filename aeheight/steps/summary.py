@@ -37,6 +37,7 @@ Sums = Mapping[str, Stats | Scatter]
 def summarise(
     run: Run,
     cube: Template,
+    year: int,
     shards: Sequence[Shard],
     checkpoint: Checkpoint,
     height_edges: tuple[float, ...],
@@ -47,6 +48,7 @@ def summarise(
     Args:
         run: where to read the parts and write the report.
         cube: its template.
+        year: that is judged.
         shards: in the order of merging, which fixes the last bits of the moments.
         checkpoint: of the map.
         height_edges: class edges in metres.
@@ -59,7 +61,9 @@ def summarise(
         tables.append(load(arrays.pop("sums").tobytes()))
         pictures.append((shard, arrays))
     sums = merge_tables(tables)
-    metrics = _metrics(run, cube, sums, checkpoint, {"slope": slope_edges, "height": height_edges})
+    metrics = _metrics(
+        run, cube, year, sums, checkpoint, {"slope": slope_edges, "height": height_edges}
+    )
     text = json.dumps(metrics, indent=1, allow_nan=False)
     run.report.write("metrics.json", text.encode())
     run.report.write("metrics.csv", _csv(metrics))
@@ -86,6 +90,7 @@ def _read_part(ledger: Ledger, shard: Shard) -> dict[str, NDArray[Any]]:
 def _metrics(
     run: Run,
     cube: Template,
+    year: int,
     sums: Sums,
     checkpoint: Checkpoint,
     edges: Mapping[str, tuple[float, ...]],
@@ -103,7 +108,7 @@ def _metrics(
             ]
             for name, classes in edges.items()
         },
-        "provenance": _provenance(run, cube, checkpoint),
+        "provenance": _provenance(run, cube, year, checkpoint),
     }
 
 
@@ -116,14 +121,14 @@ def _summary(part: Stats | Scatter) -> dict[str, Any]:
     return dict(part.summary())
 
 
-def _provenance(run: Run, cube: Template, checkpoint: Checkpoint) -> dict[str, Any]:
+def _provenance(run: Run, cube: Template, year: int, checkpoint: Checkpoint) -> dict[str, Any]:
     files = Sources.from_bytes(run.ledger("cube").store.read(SOURCES)).files
     settings = run.settings
     assert settings.height is not None
 
     return {
         "region": settings.name,
-        "year": cube.years[0],
+        "year": year,
         "reference": settings.height.model_dump(mode="json")
         | {"epoch": settings.height.epoch or "unknown", "files": files["height"]},
         "prior": settings.prior
