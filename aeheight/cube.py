@@ -112,7 +112,7 @@ class Tree:
                 f"{shard.name} is {spec.dtype} {promised}, got {values.dtype} {values.shape}"
             )
         self._refuse_stale()
-        cut, key = self.template.cut, self._key(spec, shard)
+        cut, key = self.template.cut, self.key(shard)
         data = encode_shard(values, cut.shard, cut.chunk, spec.nodata)
         if data is not None:
             self.store.write(key, data)
@@ -150,8 +150,9 @@ class Tree:
             raise ValueError(f"{shard.name}: {shard.layer} has no such year, only {years}")
         return spec
 
-    def _key(self, spec: Layer, shard: Shard) -> str:
+    def key(self, shard: Shard) -> str:
         """Where the shard's object lies in the store."""
+        spec = self.template.layer(shard.layer)
         edge = self.template.cut.shard
         time = [self.template.years.index(shard.year)] if shard.year is not None else []
         band = [0] if spec.bands else []
@@ -166,7 +167,7 @@ class Tree:
 def create(store: Store, template: Template) -> Tree:
     """Make a tree with its full metadata, or open the one that is there.
 
-    One that is there may be given more years and more ground; what it holds stays as it is.
+    One that is there may be given more years, ground and layers; what it holds stays as it is.
 
     Raises:
         InputError: the one that is there was made from another template; names what differs.
@@ -186,7 +187,7 @@ def create(store: Store, template: Template) -> Tree:
 
 
 def check_growth(store: Store, old: Template, new: Template) -> None:
-    """Refuse a template that is not the old one with more years or ground.
+    """Refuse a template that is not the old one with more years, ground or layers.
 
     Raises:
         InputError: names what differs.
@@ -196,8 +197,8 @@ def check_growth(store: Store, old: Template, new: Template) -> None:
         raise InputError(
             f"{store.uri} was made with other settings:\n  "
             + "\n  ".join(differences(old.describe(), new.describe()))
-            + "\nyears and ground can be added, nothing else changed: set them back, run with "
-            "--overwrite to make it anew, or choose another store"
+            + "\nyears, ground, `height` and `prior` can be added, nothing be taken away: set them "
+            "back, run with --overwrite to make it anew, or choose another store"
         )
 
 
@@ -231,7 +232,7 @@ def _consolidate(store: Store) -> None:
 
 
 def _grow(store: Store, old: Template, new: Template) -> None:
-    """Give a tree more years or ground.
+    """Give a tree more years, ground or layers.
 
     A year before others moves theirs along the time axis: their objects are copied, the last
     first, so that no copy is lost wherever this stops. A note in the store says how far it came;
@@ -292,6 +293,10 @@ def _rewrite_metadata(store: Store, template: Template) -> None:
     for grid in template.grids:
         group: Any = root[grid.name]
         for layer in template.layers:
+            if layer.name not in group:
+                _create_layer(group, layer, grid, template)
+                continue
+            group[layer.name].attrs.put(_attributes(layer))
             if layer.timed:
                 group[layer.name].resize((len(template.years), *group[layer.name].shape[1:]))
         if any(layer.timed for layer in template.layers):
@@ -369,21 +374,24 @@ def open_cube(uri: str, *, decode: bool = False) -> xr.DataTree:
     Raises:
         InputError: there is none.
     """
-    open_tree(Store.at(uri))
-    store: Any = Store.at(uri).zarr(read_only=True)
+    place = Store.at(uri)
+    inside = [name for name in ("cube.zarr", "heights.zarr") if place.exists(f"{name}/zarr.json")]
+    if inside:
+        raise InputError(f"{uri} is a run's store: name {uri}/{' or /'.join(inside)}")
+    open_tree(place)
+    store: Any = place.zarr(read_only=True)
     tree = xr.open_datatree(store, engine="zarr", chunks={})
-    if not decode:
-        return tree
-    return tree.map_over_datasets(_decoded)
+    return tree.map_over_datasets(_decoded if decode else xr.Dataset.drop_encoding)
 
 
 def _decoded(group: xr.Dataset) -> xr.Dataset:
+    # How it is stored says nothing of what becomes of it: it would write floats as int8.
+    group = group.drop_encoding()
     if "embedding" not in group:
         return group
     codes = group["embedding"]
     values = codes.copy(data=codes.data.map_blocks(embeddings.decode, dtype=np.float32))
-    values.attrs.pop("nodata")
-    values.attrs["comment"] = "decoded from int8 codes; NaN is nodata"
+    values.attrs |= {"nodata": "NaN", "comment": "decoded from int8 codes; NaN is nodata"}
     return group.assign(embedding=values)
 
 
@@ -422,11 +430,15 @@ def _create_layer(group: "zarr.Group", layer: Layer, grid: Grid, template: Templ
         fill_value=np.dtype(layer.dtype).type(layer.nodata),
         compressors=compressors(layer.dtype),
         dimension_names=layer.dims,
-        attributes={
-            **layer.attributes,
-            "nodata": plain_nodata(layer.nodata),
-            "grid_mapping": "spatial_ref",
-            # Makes xarray carry the CRS along with every single variable.
-            "coordinates": "spatial_ref",
-        },
+        attributes=_attributes(layer),
     )
+
+
+def _attributes(layer: Layer) -> dict[str, Any]:
+    return {
+        **layer.attributes,
+        "nodata": plain_nodata(layer.nodata),
+        "grid_mapping": "spatial_ref",
+        # Makes xarray carry the CRS along with every single variable.
+        "coordinates": "spatial_ref",
+    }

@@ -332,7 +332,9 @@ def inspect(tree: Tree, ledger: Ledger, shard: Shard) -> Receipt:
     receipt = ledger._load(ledger._entry(shard.name, shard.inputs))
     found = checksum(tree.read(shard.group, shard.layer, shard.year, shard.region))
     if found != receipt.checksum:
-        raise OSError(f"checksum {found}, not {receipt.checksum}")
+        gone = receipt.valid and not tree.store.exists(tree.key(shard))
+        why = f"{tree.key(shard)} is missing" if gone else f"checksum {found}"
+        raise OSError(f"{why}, not {receipt.checksum}" if not gone else why)
     return receipt
 
 

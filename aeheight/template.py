@@ -34,6 +34,10 @@ class Layer:
     attributes: Mapping[str, Any] = field(default_factory=dict)
     """CF attributes (`units`, `long_name`, ...)."""
 
+    def bare(self) -> tuple[object, ...]:
+        """All but its attributes, for comparison."""
+        return self.name, self.dtype, plain_nodata(self.nodata), self.timed, self.bands
+
     @property
     def dims(self) -> tuple[str, ...]:
         """Names of the axes."""
@@ -105,10 +109,12 @@ class Template:
         ]
 
     def extends(self, old: "Template") -> bool:
-        """Whether it only has more years or more ground than another."""
-        same = replace(old, years=self.years, ground=self.ground, title=self.title)
+        """Whether it only has more years, ground or layers than another (or other attributes)."""
+        same = replace(old, years=self.years, ground=self.ground, title=self.title, layers=())
+        bare = [layer.bare() for layer in self.layers]
         return (
-            same.describe() == self.describe()
+            same.describe() == replace(self, layers=()).describe()
+            and all(layer.bare() in bare for layer in old.layers)
             and set(old.years) <= set(self.years)
             and old._squares() <= self._squares()
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 import rioxarray  # noqa: F401 (registers .rio)
 import xarray as xr
 import zarr
@@ -376,3 +377,33 @@ def test_any_nan_is_the_same_nan_to_the_checksum(store: Store) -> None:
     negative = np.full(shard.region.shape, 0xFFC00001, np.uint32).view(np.float32)
     digest = tree.write(shard, negative)
     assert checksum(tree.read(shard.group, "height", None, shard.region)) == digest
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_what_is_opened_can_be_written_elsewhere(
+    store: Store, tmp_path: Path, decode: bool
+) -> None:
+    """A crop to a GeoTIFF and to Zarr, whatever the cube is stored as."""
+    full_tree(store)
+    group = open_cube(store.uri, decode=decode)[UTM.name].to_dataset()
+    part = group.isel(time=0, y=slice(3, 40), x=slice(5, 61))
+    wanted = part.embedding.to_numpy()
+    assert wanted.dtype == ("float32" if decode else "int8")
+    assert len(np.unique(wanted[np.isfinite(wanted)])) > 100
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PendingDeprecationWarning)  # rioxarray's use of affine
+        part.embedding.rio.to_raster(tmp_path / "part.tif")
+    with rasterio.open(tmp_path / "part.tif") as written:
+        np.testing.assert_array_equal(written.read(), wanted)
+        assert written.crs.to_epsg() == 32610
+        assert written.bounds.left == UTM.left + 5 * UTM.resolution
+    part.to_zarr(tmp_path / "part.zarr", consolidated=False)
+    again = xr.open_zarr(tmp_path / "part.zarr", consolidated=False)
+    np.testing.assert_array_equal(again.embedding, wanted)
+    np.testing.assert_array_equal(again.height, part.height)
+
+
+def test_the_store_of_a_run_is_no_cube(store: Store) -> None:
+    full_tree(store)
+    with pytest.raises(InputError, match=r"is a run's store: name .*/cube\.zarr"):
+        open_cube(str(Path(store.uri).parent))

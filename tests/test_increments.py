@@ -73,7 +73,7 @@ def test_a_tile_that_comes_later(world: World, regions: Regions, aeheight: Comma
     for arguments in ([], ["--plan"]):
         result = aeheight("ingest", region.path, *arguments)
         assert result.code == 2
-        one_message(result.err, "1 files", "no longer there", tiles[-1].name, "--overwrite")
+        one_message(result.err, "1 of the files", "no longer there", tiles[-1].name, "--overwrite")
     assert snapshot(region.store) == before
 
 
@@ -189,7 +189,7 @@ def test_files_of_equal_names_are_counted(
     (regions.folder / "east" / "other.tif").symlink_to(world.prior)
     result = aeheight("ingest", region.path)
     assert result.code == 2
-    one_message(result.err, "1 files", "no longer there")
+    one_message(result.err, "1 of the files", "no longer there")
 
 
 def test_a_file_that_was_corrected_is_read_again(
@@ -238,3 +238,41 @@ def test_repair_of_the_only_shard_keeps_the_cube(
     assert aeheight("verify", region.path, *at).code == 0
     now = json.loads((region.cube / "zarr.json").read_text())["attributes"]["aeheight"]
     assert now["identity"] == identity["identity"]
+
+
+def test_heights_may_come_later_and_be_named_better(
+    world: World, regions: Regions, aeheight: Command
+) -> None:
+    """A cube of embeddings gets heights; a mended `nodata` makes only these again."""
+    path = regions.folder / "dsm.tif"
+    with rasterio.open(world.prior) as source:
+        profile, heights = source.profile, source.read(1)
+    heights[:40] = -9999
+    profile = {k: profile[k] for k in ("width", "height", "crs", "transform", "dtype", "count")}
+    with rasterio.open(path, "w", driver="GTiff", **profile) as target:
+        target.write(heights, 1)
+    region = regions.write("later", height=None, prior=None)
+    assert aeheight("ingest", region.path).code == 0
+    codes = arrays(region.cube)["embedding"]
+    before = snapshot(region.cube / "utm31n" / "embedding" / "c")
+
+    height = {"source": "raster", "href": "dsm.tif", "surface": "dsm",
+              "vertical_datum": "EPSG:5773"}  # fmt: skip
+    region = regions.write("later", height=height, prior=None)
+    result = aeheight("ingest", region.path)
+    assert result.code == 1
+    assert "-9999" in result.out
+    assert "nodata" in result.out
+    region = regions.write("later", height=height | {"nodata": -9999}, prior=None)
+    result = aeheight("ingest", region.path)
+    assert result.code == 0, result.err
+    assert "16 done before" in result.out
+    assert snapshot(region.cube / "utm31n" / "embedding" / "c") == before
+    found = arrays(region.cube)
+    assert set(found) == {"embedding", "height", "split"}
+    np.testing.assert_array_equal(found["embedding"], codes)
+    assert np.nanmin(found["height"]) > 0
+    region = regions.write("later", height=None, prior=None)
+    result = aeheight("ingest", region.path)
+    assert result.code == 2
+    one_message(result.err, "taken away", "--overwrite")

@@ -106,6 +106,11 @@ def read_aoi(settings: RegionSettings) -> list[Any] | None:
             f"aoi {list(settings.aoi)} is no area in degrees; give [west, south, east, north] "
             "(west above east: across the 180th meridian)"
         )
+    if west > east and east + 360 - west > 180:
+        raise InputError(
+            f"aoi {list(settings.aoi)}: west above east means across the 180th meridian, and that "
+            f"is {east + 360 - west:g} degrees wide; give [west, south, east, north]"
+        )
     boxes = [(west, east)] if west < east else [(west, 180.0), (-180.0, east)]
     return [_rectangle((w, south, e, north)) for w, e in boxes]
 

@@ -6,8 +6,9 @@ Past the edge of a UTM zone, where a zone's own tiles end, the nearest pixel of 
 zone stands in: its code is copied too, from up to half a pixel away.
 """
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -59,6 +60,7 @@ def scan_tiles(settings: RegionSettings) -> list[EmbeddingTile]:
             f"{nameless[0]}: its path names no year, and the settings ask for "
             f"{list(wanted.years)}; lay the tiles in folders YEAR/ZONE/, or read one year"
         )
+    _refuse_other_years(chosen, named, wanted.years)
 
     def scanned(href: str) -> EmbeddingTile:
         year = named[href] or wanted.years[0]
@@ -68,6 +70,26 @@ def scan_tiles(settings: RegionSettings) -> list[EmbeddingTile]:
         tiles = list(pool.map(scanned, chosen))
     refuse_doubles([tile for tile in tiles if named[tile.href] is None])
     return tiles
+
+
+_YEAR = re.compile(r"(?<!\d)20[12]\d(?!\d)")
+
+
+def _refuse_other_years(
+    hrefs: Sequence[str], named: Mapping[str, int | None], wanted: tuple[int, ...]
+) -> None:
+    """A file without a folder YEAR/ZONE counts as the year asked for; its name must not object.
+
+    Raises:
+        InputError: the name holds one year, and it is another.
+    """
+    for href in hrefs:
+        years = {int(year) for year in _YEAR.findall(href.rpartition("/")[2])}
+        if named[href] is None and len(years) == 1 and not years & set(wanted):
+            raise InputError(
+                f"{href}: its name says {years.pop()}, embeddings.year asks for {list(wanted)}; "
+                "mend the year, or the name"
+            )
 
 
 def refuse_doubles(tiles: Sequence[EmbeddingTile]) -> None:

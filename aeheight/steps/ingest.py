@@ -24,7 +24,7 @@ from aeheight.cube import (
 )
 from aeheight.errors import InputError
 from aeheight.receipts import Ledger, Receipt, receipt_for
-from aeheight.settings import HeightSettings, RegionSettings
+from aeheight.settings import HeightSettings, RegionSettings, fingerprint
 from aeheight.sources import Reader, Sources, scan
 from aeheight.steps.run import (
     ASKED,
@@ -33,11 +33,13 @@ from aeheight.steps.run import (
     carry_out,
     cube_settings,
     cube_shards,
+    height_settings,
     sources_asked,
 )
 from aeheight.store import Store
 from aeheight.template import Layer, Shard, Template
 from aeheight.windows import Region, whole
+from aeheight.windows import tile as squares
 
 SOURCES = "sources.json"
 """Every file of the cube with what its header says, beside the cube's receipts."""
@@ -114,7 +116,7 @@ def plan(run: Run) -> Plan:
     made, reader = template(run.settings, sources), Reader(sources)
     if not run.options.overwrite:
         _check(run, made, sources)
-    shards = _shards(made, reader)
+    shards = _shards(run.settings, made, reader)
     pending = shards if run.options.overwrite else run.ledger("cube").pending(shards)
     return Plan(
         "ingest",
@@ -139,17 +141,22 @@ _CODES, _HEIGHTS = 1.6, 1.4
 
 def _extent(sources: Sources, made: Template) -> dict[str, Any]:
     """The groups, and the files that they are made from."""
-    grids, files = made.grids, sources.files
-    facts: dict[str, Any] = {}
-    for grid in grids:
-        label = "group" if len(grids) == 1 else f"group_{grid.name}"
-        facts |= {label: f"{grid.name}: {grid.crs}, {grid.resolution:g} units a pixel, "
-                         f"{grid.shape[0]} x {grid.shape[1]} px"}  # fmt: skip
-        facts |= {label.replace("group", "bounds"): grid.bounds}
-    return facts | {
+    files = sources.files
+    groups = [
+        {
+            "name": grid.name,
+            "crs": grid.crs,
+            "resolution": grid.resolution,
+            "shape": list(grid.shape),
+            "bounds": list(grid.bounds),
+        }
+        for grid in made.grids
+    ]
+    return {
+        "groups": groups,
         "years": list(made.years),
         "tiles": len({tile for ground in sources.grounds for tile in ground.embeddings.tiles}),
-        "covered_by_tiles": f"{100 * _covered(sources, made):.1f} % of the shards' ground",
+        "covered_by_tiles": {year: _covered(sources, made, year) for year in made.years},
         "height_rasters": len(files["height"]),
         "prior_rasters": len(files["prior"]),
         **_shifts(sources),
@@ -186,22 +193,21 @@ def _volumes(made: Template, reader: Reader, pending: Sequence[Shard]) -> dict[s
     }
 
 
-def _covered(sources: Sources, made: Template) -> float:
-    """Share of the ground to be made that lies under some tile, to about a thousandth."""
+def _covered(sources: Sources, made: Template, year: int) -> float:
+    """Share of the ground to be made that lies under some tile of a year, to about a thousandth."""
     covered = total = 0
     for ground in sources.grounds:
         every = max(max(ground.grid.shape) // 1000, 1)
         under = np.zeros([-(-size // every) for size in ground.grid.shape], dtype=bool)
         for tile in ground.embeddings.tiles:
-            place = tile.reaches(ground.grid)
+            place = tile.reaches(ground.grid) if tile.year == year else None
             if shared := place and place.intersect(whole(ground.grid.shape)):
                 _mark(under, shared, every)
         wanted = np.zeros_like(under)
-        for shard in made.shards("embedding"):
-            if shard.group == ground.grid.name:
-                _mark(wanted, shard.region, every)
+        for region in squares(ground.grid.shape, made.cut.shard, ground.runs):
+            _mark(wanted, region, every)
         covered, total = covered + int((under & wanted).sum()), total + int(wanted.sum())
-    return covered / max(total, 1)
+    return round(covered / max(total, 1), 4)
 
 
 def _mark(board: NDArray[np.bool_], region: Region, every: int) -> None:
@@ -215,9 +221,13 @@ def _raw(made: Template, shard: Shard) -> int:
     return shard.region.size * max(len(layer.bands), 1) * np.dtype(layer.dtype).itemsize
 
 
-def _shards(made: Template, reader: Reader) -> list[Shard]:
+def _shards(settings: RegionSettings, made: Template, reader: Reader) -> list[Shard]:
     """Every shard of the cube, with what it is made from."""
-    return [replace(shard, inputs=reader.inputs(shard)) for shard in cube_shards(made)]
+    how = {layer.name: fingerprint(height_settings(settings, layer.name)) for layer in made.layers}
+    return [
+        replace(shard, inputs=fingerprint([reader.inputs(shard), how[shard.layer]]))
+        for shard in cube_shards(made)
+    ]
 
 
 def _check(run: Run, made: Template, sources: Sources) -> None:
@@ -257,9 +267,11 @@ def _refuse_lost(run: Run, sources: Sources) -> None:
         return
     if lost := sources.lacks(Sources.from_bytes(ledger.store.read(SOURCES))):
         raise InputError(
-            f"{len(lost)} files that the cube was made from are no longer there:\n  "
+            f"{len(lost)} of the files that the cube was made from are no longer there, or no "
+            "longer named:\n  "
             + "\n  ".join(lost[:10])
-            + "\nput them back, or run with --overwrite to make the cube without them"
+            + "\nput them back (files can be added beside them), or run with --overwrite to make "
+            "the cube without them"
         )
 
 
@@ -289,7 +301,7 @@ def execute(run: Run) -> Outcome:
     task = Ingest(
         run.cube.uri, tree.identity, tree.version, ledger.store.uri, ledger.key, digest(data)
     )
-    outcome = carry_out(run, "ingest", ledger, _shards(made, reader), task)
+    outcome = carry_out(run, "ingest", ledger, _shards(run.settings, made, reader), task)
     if not outcome.failed:
         _refuse_empty(ledger, made)
     return outcome

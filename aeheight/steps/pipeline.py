@@ -120,9 +120,26 @@ def _told(step: str, outcome: Outcome) -> list[str]:
         f"{step:9} {outcome.done} shards done in {outcome.seconds:.1f} s, "
         f"{outcome.skipped} done before, {len(outcome.failed)} failed"
     ]
-    lines += [f"  failed  {name}: {reason}" for name, reason in sorted(outcome.failed.items())]
+    lines += _grouped(outcome.failed)
     if outcome.failed:
         lines.append("run the same command again to take up just the failed shards")
+    return lines
+
+
+_NAMED = 5
+"""Shards of one reason that are named; `--json` names all."""
+
+
+def _grouped(failed: Mapping[str, str]) -> list[str]:
+    """The failed shards, by what went wrong."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in sorted(failed.items()):
+        reasons.setdefault(reason, []).append(name)
+    lines = []
+    for reason, names in reasons.items():
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        lines.append(f"  failed  {reason}")
+        lines.append(f"          {len(names)} shards: {', '.join(names[:_NAMED])}{more}")
     return lines
 
 

@@ -171,6 +171,8 @@ def execute(run: Run) -> Outcome:
     if run.options.overwrite:
         run.discard(ledger.store)
         remove_tree(run.heights)
+    else:
+        ledger.check(_begun_with(run, cube, checkpoint), "predict")
     tree = create(run.heights, made)
     ledger = ledger.begin(_begun_with(run, cube, checkpoint) | {"heights": tree.identity})
     if not ledger.store.exists(MODEL):

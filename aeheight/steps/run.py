@@ -99,11 +99,14 @@ class Run:
         tree, ledger = self.open_cube(), self.ledger("cube")
         ledger.check(cube_settings(self.settings), "ingest", made=True)
         asked = ledger.store.read_json(ASKED) if ledger.store.exists(ASKED) else {}
-        if changed := differences(asked, sources_asked(self.settings)):
+        wanted = sources_asked(self.settings)
+        if changed := differences(asked, wanted):
+            fewer = set(asked.get("years", [])) - set(wanted["years"])
             raise NotYetError(
                 "the region file asks for other sources than the cube was made from:\n  "
                 + "\n  ".join(changed)
-                + "\nrun aeheight ingest, which makes what they touch, or set them back"
+                + "\nset them back"
+                + ("" if fewer else ", or run aeheight ingest, which makes what they touch")
             )
         if left := ledger.pending(cube_shards(tree.template)):
             raise NotYetError(f"{len(left)} shards of the cube are missing; run aeheight ingest")
@@ -128,28 +131,31 @@ class Run:
             yield
 
 
-_FILES = {"href", "access"}
-"""Settings of a source that only say where its files are."""
-
-
 def cube_settings(settings: RegionSettings) -> dict[str, Any]:
     """The settings that a whole cube depends on, besides its grid.
 
-    Files and years do not belong to them: what a shard was made from stands in its receipt.
+    Files, years and what heights mean do not belong to them: what a shard was made from, and how,
+    stands in its receipt.
     """
-    kept = settings.model_dump(mode="json", include={"embeddings", "height", "prior", "cube"})
-    for key in ("embeddings", "height", "prior"):
-        if kept[key]:
-            kept[key] = {k: v for k, v in kept[key].items() if k not in _FILES | {"year"}}
-    return kept
+    kind = settings.model_dump(mode="json", include={"embeddings": {"source"}})
+    return kind | {"cube": settings.cube.model_dump(mode="json")}
+
+
+def height_settings(settings: RegionSettings, layer: str) -> dict[str, Any]:
+    """What the shards of `height` or `prior` depend on besides their files; empty for others."""
+    wanted = {"height": settings.height, "prior": settings.prior}.get(layer)
+    return wanted.model_dump(mode="json", exclude={"href", "access"}) if wanted else {}
 
 
 def sources_asked(settings: RegionSettings) -> dict[str, Any]:
-    """Which files and years the region file names, for comparison with what a cube was made of."""
-    named = settings.model_dump(mode="json", include={"embeddings", "height", "prior"})
-    hrefs = {key: value["href"] for key, value in named.items() if value}
-    return {"hrefs": hrefs, "years": list(settings.embeddings.years), "aoi": settings.aoi and (
-        settings.aoi if isinstance(settings.aoi, str) else list(settings.aoi))}  # fmt: skip
+    """What the region file asks for, for comparison with what a cube was made of."""
+    asked = settings.model_dump(
+        mode="json", include={"embeddings": {"href"}, "height": True, "prior": True, "aoi": True}
+    )
+    for key in ("height", "prior"):
+        if asked[key]:
+            asked[key].pop("access")
+    return asked | {"years": list(settings.embeddings.years)}
 
 
 class Made:
@@ -202,11 +208,30 @@ class Plan:
 
     def lines(self) -> list[str]:
         """For people."""
-        width = max(len(key) for key in self.facts)
-        return [f"{self.step}"] + [
-            f"  {key.replace('_', ' '):{width}}  {_shown(key, value)}"
-            for key, value in self.facts.items()
-        ]
+        facts = [row for key, value in self.facts.items() for row in _rows(key, value)]
+        width = max(len(label) for label, _ in facts)
+        return [self.step] + [f"  {label:{width}}  {text}" for label, text in facts]
+
+
+def _rows(key: str, value: Any) -> list[tuple[str, str]]:
+    """Label and text of one fact; of groups, two lines each."""
+    label = key.replace("_", " ")
+    if key == "groups":
+        return [row for group in value for row in _group_rows(group)]
+    if isinstance(value, dict):
+        return [(label, ", ".join(f"{k}: {100 * v:.1f} %" for k, v in value.items()))]
+    return [(label, _shown(key, value))]
+
+
+def _group_rows(group: Mapping[str, Any]) -> list[tuple[str, str]]:
+    unit = "m" if "utm" in group["name"] else "units of the CRS"
+    rows, columns = group["shape"]
+    sides = zip(("west", "south", "east", "north"), group["bounds"], strict=True)
+    return [
+        (f"group {group['name']}",
+         f"{group['crs']}, {rows} rows x {columns} columns of {group['resolution']:g} {unit}"),
+        ("", ", ".join(f"{side} {value:.10g}" for side, value in sides)),
+    ]  # fmt: skip
 
 
 def _shown(key: str, value: Any) -> str:

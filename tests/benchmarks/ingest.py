@@ -40,6 +40,7 @@ from affine import Affine
 from numcodecs.blosc import Blosc
 from numpy.typing import NDArray
 from rasterio.windows import Window
+from zarr.codecs import BloscCodec, Crc32cCodec
 
 from aeheight.embeddings import BANDS, NODATA
 from tests.benchmarks import TILE, cpu_seconds, machine, markdown, mirrored, real_codes
@@ -94,9 +95,11 @@ def _codes(tile: Path, edge: int) -> tuple[NDArray[np.int8], str]:
         return mirrored(real_codes(tile), edge), "real codes, mirrored"
     rng = np.random.default_rng(0)
     # SD between bands, over ground and between neighbours as in real codes.
-    ground = rng.normal(0, 29, (BANDS, 1, 1)) + rng.normal(0, 26, (BANDS, 32, 32))
-    near = ground.repeat(8, axis=1).repeat(8, axis=2) + rng.normal(0, 2, (BANDS, 256, 256))
-    made_up = np.clip(np.rint(near), -127, 127).astype(np.int8)
+    made_up = np.empty((BANDS, BLOCK, BLOCK), dtype=np.int8)
+    for band in made_up:
+        ground = rng.normal(rng.normal(0, 29), 26, (BLOCK // 8, BLOCK // 8))
+        near = ground.repeat(8, axis=0).repeat(8, axis=1) + rng.normal(0, 2, band.shape)
+        band[...] = np.clip(np.rint(near), -127, 127)
     return mirrored(made_up, edge), "made-up codes (the real tile is missing)"
 
 
@@ -236,14 +239,14 @@ def _last(out: str, err: str) -> dict[str, Any]:
 def _peer(tile: Path, target: Path, shard: int) -> None:
     """Plain rioxarray to the same layout, on Dask's threads."""
     cut = {"band": BANDS, "y": shard, "x": shard}
-    array = rioxarray.open_rasterio(tile, chunks=cut, lock=False)
+    array: Any = rioxarray.open_rasterio(tile, chunks=cut, lock=False)
     north_up = array.isel(y=slice(None, None, -1)).drop_vars("spatial_ref")
     encoding = {
         "chunks": (BANDS, 256, 256),
         "shards": (BANDS, shard, shard),
         "compressors": [
-            zarr.codecs.BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle", typesize=1),
-            zarr.codecs.Crc32cCodec(),
+            BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle", typesize=1),
+            Crc32cCodec(),
         ],
     }
     north_up.to_dataset(name="embedding").to_zarr(

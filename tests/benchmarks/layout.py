@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zarr
@@ -72,7 +72,7 @@ class Layout:
         )
 
 
-def _blosc(name: str, level: int) -> BloscCodec:
+def _blosc(name: Literal["zstd", "lz4"], level: int) -> BloscCodec:
     return BloscCodec(cname=name, clevel=level, shuffle="bitshuffle", typesize=1)
 
 
