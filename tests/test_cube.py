@@ -397,7 +397,7 @@ def test_what_is_opened_can_be_written_elsewhere(
         np.testing.assert_array_equal(written.read(), wanted)
         assert written.crs.to_epsg() == 32610
         assert written.bounds.left == UTM.left + 5 * UTM.resolution
-    part.to_zarr(tmp_path / "part.zarr", consolidated=False)
+    part.compute().to_zarr(tmp_path / "part.zarr", consolidated=False)
     again = xr.open_zarr(tmp_path / "part.zarr", consolidated=False)
     np.testing.assert_array_equal(again.embedding, wanted)
     np.testing.assert_array_equal(again.height, part.height)
