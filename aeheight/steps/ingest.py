@@ -278,15 +278,16 @@ def _refuse_other_meaning(run: Run) -> None:
     asked = ledger.store.read_json(ASKED)
     for layer in ("height", "prior"):
         before, now = asked.get(layer), sources_asked(run.settings)[layer]
-        if layer in made and before and now:
-            kept = [{k: v for k, v in each.items() if k not in {"href"} | _MENDABLE}
-                    for each in (before, now)]  # fmt: skip
-            if changed := differences(*kept, prefix=f"{layer}."):
-                raise InputError(
-                    f"{ledger.store.uri}: begun with other settings:\n  "
-                    + "\n  ".join(changed)
-                    + "\nset them back, or run aeheight ingest --overwrite to make it anew"
-                )
+        if layer not in made or not before or not now:
+            continue
+        aside = {"href"} | _MENDABLE
+        old, new = ({k: v for k, v in each.items() if k not in aside} for each in (before, now))
+        if changed := differences(old, new, f"{layer}."):
+            raise InputError(
+                f"{ledger.store.uri}: begun with other settings:\n  "
+                + "\n  ".join(changed)
+                + "\nset them back, or run aeheight ingest --overwrite to make it anew"
+            )
 
 
 def _refuse_lost(run: Run, sources: Sources) -> None:
