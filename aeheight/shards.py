@@ -7,6 +7,7 @@ encodes; measured beside it, this takes 0.85 of the CPU and a third of the memor
 Format: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html
 """
 
+import os
 import struct
 import threading
 from collections.abc import Callable
@@ -97,5 +98,7 @@ def _sealed(data: bytes) -> bytes:
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    """One a process, for every core: workers balance each other."""
-    return ThreadPoolExecutor(CPU_COUNT, thread_name_prefix="encode")
+    """One a process, of as many threads as its share of the cores: OMP_NUM_THREADS, where set."""
+    share = os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(share) if share.isdecimal() and int(share) else CPU_COUNT
+    return ThreadPoolExecutor(threads, thread_name_prefix="encode")
