@@ -222,17 +222,18 @@ def _fill(
         access: of the tile's files.
     """
     holes, some, fresh = np.zeros_like(empty), np.zeros_like(empty), bool(empty.all())
-    blank = np.full_like(empty, any(file.zero_is_missing for file in tile.files))
-    for band, codes in _bands(tile, part, access):
+    zero_is_missing = any(file.zero_is_missing for file in tile.files)
+    blank = np.full_like(empty, zero_is_missing)
+    for band, place, codes in _pieces(tile, part, access):
         missing = codes == NODATA
-        if blank.any():
-            blank &= codes == 0
-        holes |= missing
-        some |= ~missing
+        if zero_is_missing:
+            blank[place] &= codes == 0
+        holes[place] |= missing
+        some[place] |= ~missing
         if fresh:
-            out[band] = codes
+            out[band][place] = codes
         else:
-            np.copyto(out[band], codes, where=empty)
+            np.copyto(out[band][place], codes, where=empty[place])
     # A pixel that lacks one band lacks all: a decoded pixel is whole, or is not there.
     holes |= blank
     partly = empty & holes & some
@@ -272,50 +273,61 @@ def _fill_nearest(
         empty[down, right] = there[0, row, col] == NODATA
 
 
-def _bands(
-    tile: EmbeddingTile, part: Region, access: AccessSettings
-) -> Iterator[tuple[int, NDArray[np.int8]]]:
-    """The codes of each band in turn, north-up; the array is used again for the next.
+_Piece = tuple[int, tuple[slice, slice], NDArray[np.int8]]
+"""A band (0 to 63), rows and columns of what is read, and the codes that lie there, north-up."""
 
-    Yields:
-        The band (0 to 63), and (rows, columns) codes.
-    """
+
+def _pieces(tile: EmbeddingTile, part: Region, access: AccessSettings) -> Iterator[_Piece]:
+    """The codes of a part of a tile, piece by piece, each once."""
     if tile.kind == "zarr":
+        every = slice(0, part.height), slice(0, part.width)
         codes = read_mosaic(tile.href, tile.grid, part, tile.year, access)
-        yield from enumerate(codes)
+        yield from ((band, every, plane) for band, plane in enumerate(codes))
         return
     for file in tile.files:
-        yield from _bands_of(file, tile, part, access)
+        yield from _pieces_of(file, tile, part, access)
 
 
-def _bands_of(
+def _pieces_of(
     file: TileFile, tile: EmbeddingTile, part: Region, access: AccessSettings
-) -> Iterator[tuple[int, NDArray[np.int8]]]:
-    remote = "://" in file.href
+) -> Iterator[_Piece]:
+    """As they are cheap to read: bands in groups, or block by block where bands lie together."""
     look = partial(_look, file.href, tile.grid)
-    bottom_up, share, numbers = read_raster(file.href, look, access)
+    bottom_up, share, block, numbers = read_raster(file.href, look, access)
     row = tile.grid.shape[0] - part.bottom if bottom_up else part.row
-    window = Window(part.col, row, part.width, part.height)
-    groups = [numbers[k : k + share] for k in range(0, len(numbers), share)]
-    bands = iter(file.bands or range(BANDS))
+    whole = Region(row, part.col, *part.shape)
+    jobs = [
+        (window, numbers[k : k + share])
+        for window in (_blocks(whole, block) if block else [whole])
+        for k in range(0, len(numbers), share)
+    ]
+    bands = file.bands or range(BANDS)
 
-    def fetch(group: Sequence[int]) -> NDArray[np.int8]:
-        return read_raster(file.href, lambda dataset: _codes(dataset, group, window), access)
+    def fetch(job: tuple[Region, Sequence[int]]) -> NDArray[np.int8]:
+        return read_raster(file.href, lambda dataset: _codes(dataset, *job), access)
 
     with ExitStack() as resources:
-        if remote:
+        if "://" in file.href:
             pool = resources.enter_context(ThreadPoolExecutor(_CONNECTIONS))
-            stacks: Iterator[NDArray[np.int8]] = pool.map(fetch, groups)
+            stacks: Iterator[NDArray[np.int8]] = pool.map(fetch, jobs)
         else:
             dataset = resources.enter_context(opened(file.href, access))
-            stacks = (_codes(dataset, group, window) for group in groups)
-        for stack in stacks:
-            for codes in stack:
-                yield next(bands), codes[::-1] if bottom_up else codes
+            stacks = (_codes(dataset, *job) for job in jobs)
+        for (window, group), stack in zip(jobs, stacks, strict=True):
+            rows, cols = window.within(whole).slices
+            if bottom_up:
+                rows = slice(part.height - rows.stop, part.height - rows.start)
+            for number, codes in zip(group, stack, strict=True):
+                yield bands[number - 1], (rows, cols), codes[::-1] if bottom_up else codes
 
 
-def _look(href: str, planned: Grid, dataset: Any) -> tuple[bool, int, Sequence[int]]:
-    """Whether a file is bottom-up, how many bands of it are read at a time, and its bands.
+def _look(
+    href: str, planned: Grid, dataset: Any
+) -> tuple[bool, int, tuple[int, int] | None, Sequence[int]]:
+    """How a file is read: whether it is bottom-up, bands at a time, its blocks, and its bands.
+
+    Blocks are None where the file stores band by band. Where it stores all bands of a pixel
+    together, as Earth Engine does, band by band would decode each block 64 times.
 
     Raises:
         OSError: it does not lie where the plan says.
@@ -328,30 +340,29 @@ def _look(href: str, planned: Grid, dataset: Any) -> tuple[bool, int, Sequence[i
         )
     # A band of floats is as large as eight of codes.
     share = 1 if dataset.dtypes[0] in _FLOATS else _BANDS_AT_ONCE
-    if dataset.interleaving == Interleaving.pixel:
-        share = dataset.count
-    return dataset.transform.e > 0, share, dataset.indexes
+    if dataset.interleaving == Interleaving.pixel and dataset.count > 1:
+        return dataset.transform.e > 0, dataset.count, dataset.block_shapes[0], dataset.indexes
+    return dataset.transform.e > 0, share, None, dataset.indexes
 
 
-def _codes(dataset: Any, numbers: Sequence[int], window: Window) -> NDArray[np.int8]:
-    """The codes of some bands of a file: (bands, rows, columns), as they lie in it.
+def _blocks(region: Region, block: tuple[int, int]) -> Iterator[Region]:
+    """The parts of a region in each of a file's blocks."""
+    height, width = block
+    for row in range(region.row // height * height, region.bottom, height):
+        for col in range(region.col // width * width, region.right, width):
+            shared = Region(row, col, height, width).intersect(region)
+            assert shared is not None
+            yield shared
 
-    All bands of a pixel-interleaved file are read block by block, as Earth Engine writes them: band
-    by band, each block would be decoded 64 times.
-    """
-    if len(numbers) == 1 or dataset.interleaving != Interleaving.pixel:
-        return _quantised(dataset.read(list(numbers), window=window), dataset)
-    codes = np.empty((len(numbers), window.height, window.width), dtype=np.int8)
-    height, width = dataset.block_shapes[0]
-    bottom, right = window.row_off + window.height, window.col_off + window.width
-    for row in range(window.row_off // height * height, bottom, height):
-        for col in range(window.col_off // width * width, right, width):
-            part = window.intersection(Window(col, row, width, height))
-            down, along = part.row_off - window.row_off, part.col_off - window.col_off
-            place = slice(down, down + part.height), slice(along, along + part.width)
-            for band, values in zip(codes, dataset.read(list(numbers), window=part), strict=True):
-                band[place] = _quantised(values, dataset)
-    return codes
+
+def _codes(dataset: Any, region: Region, numbers: Sequence[int]) -> NDArray[np.int8]:
+    """The codes of some bands of a file: (bands, rows, columns), as they lie in it."""
+    window = Window(region.col, region.row, region.width, region.height)
+    if dataset.dtypes[0] == "int8":
+        codes: NDArray[np.int8] = dataset.read(list(numbers), window=window)
+        return codes
+    # A band at a time: GDAL's cache holds the block, and nothing else is as large as its floats.
+    return np.stack([_quantised(dataset.read(n, window=window), dataset) for n in numbers])
 
 
 def _same_pixels(one: Grid, other: Grid) -> bool:
@@ -363,8 +374,6 @@ def _same_pixels(one: Grid, other: Grid) -> bool:
 
 def _quantised(values: NDArray[Any], dataset: Any) -> NDArray[np.int8]:
     """The codes of a float export: exact, since it holds nothing but decoded codes."""
-    if values.dtype == np.int8:
-        return values
     declared = dataset.nodata
     if declared and not np.isnan(declared):  # 0 is also a value: see `zero_is_missing`
         values[values == declared] = np.nan
