@@ -24,7 +24,7 @@ from aeheight.cube import (
 )
 from aeheight.errors import InputError
 from aeheight.receipts import Ledger, Receipt, receipt_for
-from aeheight.settings import HeightSettings, RegionSettings, differences, fingerprint
+from aeheight.settings import HeightSettings, RegionSettings, fingerprint
 from aeheight.sources import Reader, Sources, scan
 from aeheight.steps.run import (
     ASKED,
@@ -34,6 +34,7 @@ from aeheight.steps.run import (
     cube_settings,
     cube_shards,
     height_settings,
+    refuse_other_meaning,
     sources_asked,
 )
 from aeheight.store import Store
@@ -237,7 +238,7 @@ def _check(run: Run, made: Template, sources: Sources) -> None:
         InputError: shows what differs.
     """
     run.ledger("cube").check(cube_settings(run.settings), "ingest")
-    _refuse_other_meaning(run)
+    refuse_other_meaning(run.ledger("cube"), run.settings)
     found = find(run.cube)
     if found is None or not run.ledger("cube").done():
         return
@@ -259,35 +260,6 @@ def _check(run: Run, made: Template, sources: Sources) -> None:
     check_growth(run.cube, replace(old, ground=()), replace(made, ground=()))
     _refuse_lost(run, sources)
     check_growth(run.cube, old, made)
-
-
-_MENDABLE = {"nodata"}
-"""What may be named better later: the shards of that layer are made again."""
-
-
-def _refuse_other_meaning(run: Run) -> None:
-    """Heights that were made of one surface or datum do not become another's by a word.
-
-    Raises:
-        InputError: shows what differs.
-    """
-    ledger = run.ledger("cube")
-    if not ledger.store.exists(ASKED):
-        return
-    made = {Shard.parse(name).layer for name in ledger.done()}
-    asked = ledger.store.read_json(ASKED)
-    for layer in ("height", "prior"):
-        before, now = asked.get(layer), sources_asked(run.settings)[layer]
-        if layer not in made or not before or not now:
-            continue
-        aside = {"href"} | _MENDABLE
-        old, new = ({k: v for k, v in each.items() if k not in aside} for each in (before, now))
-        if changed := differences(old, new, f"{layer}."):
-            raise InputError(
-                f"{ledger.store.uri}: begun with other settings:\n  "
-                + "\n  ".join(changed)
-                + "\nset them back, or run aeheight ingest --overwrite to make it anew"
-            )
 
 
 def _refuse_lost(run: Run, sources: Sources) -> None:

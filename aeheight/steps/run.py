@@ -98,6 +98,7 @@ class Run:
         """
         tree, ledger = self.open_cube(), self.ledger("cube")
         ledger.check(cube_settings(self.settings), "ingest", made=True)
+        refuse_other_meaning(ledger, self.settings)
         asked = ledger.store.read_json(ASKED) if ledger.store.exists(ASKED) else {}
         wanted = sources_asked(self.settings)
         if changed := differences(asked, wanted):
@@ -156,6 +157,34 @@ def sources_asked(settings: RegionSettings) -> dict[str, Any]:
         if asked[key]:
             asked[key].pop("access")
     return asked | {"years": list(settings.embeddings.years)}
+
+
+_MENDABLE = {"nodata"}
+"""What may be named better later: the shards of that layer are made again."""
+
+
+def refuse_other_meaning(ledger: Ledger, settings: RegionSettings) -> None:
+    """Heights that were made of one surface or datum do not become another's by a word.
+
+    Raises:
+        InputError: shows what differs.
+    """
+    if not ledger.store.exists(ASKED):
+        return
+    made = {Shard.parse(name).layer for name in ledger.done()}
+    asked = ledger.store.read_json(ASKED)
+    for layer in ("height", "prior"):
+        before, now = asked.get(layer), sources_asked(settings)[layer]
+        if layer not in made or not before or not now:
+            continue
+        aside = {"href"} | _MENDABLE
+        old, new = ({k: v for k, v in each.items() if k not in aside} for each in (before, now))
+        if changed := differences(old, new, f"{layer}."):
+            raise InputError(
+                f"{ledger.store.uri}: begun with other settings:\n  "
+                + "\n  ".join(changed)
+                + "\nset them back, or run aeheight ingest --overwrite to make it anew"
+            )
 
 
 class Made:
