@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,13 @@ from dask.system import CPU_COUNT
 
 from pipelines.world import World, make_world
 from tests.runs import Region, Regions, Result, run_here, small_settings
+
+
+def pytest_configure() -> None:
+    """A job in the background is started deaf to Ctrl-C, and so would be what the tests start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 WORKERS = 2
 THREADS = str(max(CPU_COUNT // WORKERS, 1))
