@@ -177,7 +177,7 @@ class Ledger:
         found = self.settings()
         changed = [] if found is None else differences(found, wanted)
         if changed and (bool(self.done()) if made is None else made):
-            self._refuse(changed, "run that step with --overwrite")
+            self.refuse(changed, "run that step with --overwrite")
         if found is None or changed:
             self.store.write(_SETTINGS, json.dumps(wanted, indent=1, sort_keys=True).encode())
         return replace(self, key=fingerprint(wanted))
@@ -198,9 +198,14 @@ class Ledger:
             return
         wanted = json.loads(json.dumps(settings))
         if changed := differences({key: found.get(key) for key in wanted}, wanted):
-            self._refuse(changed, f"run aeheight {step} --overwrite")
+            self.refuse(changed, f"run aeheight {step} --overwrite")
 
-    def _refuse(self, changed: list[str], remedy: str) -> NoReturn:
+    def refuse(self, changed: list[str], remedy: str) -> NoReturn:
+        """End with what differs from the settings of what is there, and the remedy.
+
+        Raises:
+            InputError: always.
+        """
         raise InputError(
             f"{self.store.uri}: begun with other settings:\n  "
             + "\n  ".join(changed)
@@ -350,9 +355,9 @@ def inspect(tree: Tree, ledger: Ledger, shard: Shard) -> Receipt:
     receipt = ledger._load(ledger._entry(shard.name, shard.inputs))
     found = checksum(tree.read(shard.group, shard.layer, shard.year, shard.region))
     if found != receipt.checksum:
-        gone = receipt.valid and not tree.store.exists(tree.key(shard))
-        why = f"{tree.key(shard)} is missing" if gone else f"checksum {found}"
-        raise OSError(f"{why}, not {receipt.checksum}" if not gone else why)
+        if receipt.valid and not tree.store.exists(tree.key(shard)):
+            raise OSError(f"{tree.key(shard)} is missing")
+        raise OSError(f"checksum {found}, not {receipt.checksum}")
     return receipt
 
 

@@ -29,7 +29,7 @@ from aeheight.sources.tile import EmbeddingSource, EmbeddingTile
 from aeheight.sources.tiles import read_embeddings, scan_tiles
 from aeheight.sources.zones import Plot, lay_out, search_boxes
 from aeheight.template import Shard
-from aeheight.windows import Region, Runs
+from aeheight.windows import Region, Runs, whole
 
 __all__ = [
     "EmbeddingSource",
@@ -162,7 +162,7 @@ def _narrowed(source: HeightSource | None, grid: Grid) -> HeightSource | None:
     kept = [
         raster
         for raster in source.rasters
-        if (there := place(raster, grid)) and there.intersect(Region(0, 0, *grid.shape))
+        if (there := place(raster, grid)) and there.intersect(whole(grid.shape))
     ]
     return replace(source, rasters=tuple(kept))
 

@@ -180,11 +180,7 @@ def refuse_other_meaning(ledger: Ledger, settings: RegionSettings) -> None:
         aside = {"href"} | _MENDABLE
         old, new = ({k: v for k, v in each.items() if k not in aside} for each in (before, now))
         if changed := differences(old, new, f"{layer}."):
-            raise InputError(
-                f"{ledger.store.uri}: begun with other settings:\n  "
-                + "\n  ".join(changed)
-                + "\nset them back, or run aeheight ingest --overwrite to make it anew"
-            )
+            ledger.refuse(changed, "run aeheight ingest --overwrite")
 
 
 class Made:
