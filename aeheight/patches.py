@@ -5,7 +5,7 @@ pixels of a height map are nearly equal, and a test on them would only measure t
 """
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import ceil
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from aeheight.cube import Tree
 from aeheight.embeddings import valid
 from aeheight.settings import SplitSettings
-from aeheight.windows import Region, Shape, tile
+from aeheight.windows import STRIDE, Region, Shape, tile
 
 UNUSED, TRAIN, VALIDATION, TEST = 0, 1, 2, 3
 USES = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
@@ -144,6 +144,10 @@ class Spot:
     region: Region
 
 
+def _in_order(spot: Spot) -> tuple[str, int, Region]:
+    return spot.group, spot.year, spot.region
+
+
 _Reader = Callable[[str, str, int | None, Region], NDArray[Any]]
 
 
@@ -206,7 +210,7 @@ class Patches:
         A spot is a cell moved by up to half a patch each way, kept inside the grid where the grid
         is as large as a patch. The same seed and number give the same spots.
         """
-        cells = sorted(self._train, key=lambda spot: (spot.group, spot.year, spot.region))
+        cells = sorted(self._train, key=_in_order)
         counts = np.array([self._train[cell] for cell in cells], dtype=np.float64)
         wanted = self.per_epoch or max(ceil(counts.sum() / self.edge**2), FEWEST)
         rng = np.random.default_rng([self.seed, number])
@@ -222,7 +226,41 @@ class Patches:
 
     def validation(self) -> Sequence[Spot]:
         """Fixed spots, without overlap, that cover every usable validation pixel."""
-        return sorted(self._validation, key=lambda spot: (spot.group, spot.year, spot.region))
+        return sorted(self._validation, key=_in_order)
+
+    def squares(self, edge: int, count: int) -> Sequence[Spot]:
+        """Up to `count` squares of ground, to see how the network behaves away from patches.
+
+        They lie where the last `sweep` found ground that trains or validates, at least half as much
+        as in the square with most of it: embeddings are not far. They overlap by less than half,
+        and only at the far edges of a grid. Equal sweeps give equal squares.
+
+        Args:
+            edge: pixels; reduced to a multiple of 32, and where a grid is smaller.
+            count: of all groups and years together, evenly out of all that qualify.
+
+        Returns:
+            Their spots; empty where no grid holds a square of 64 px.
+        """
+        counts: Counter[Spot] = Counter()
+        for cells in (self._train, self._validation):
+            for cell, number in cells.items():
+                if square := self._square(cell, edge):
+                    counts[square] += number
+        enough = max(counts.values(), default=0) / 2
+        found = sorted((s for s in counts if counts[s] >= enough), key=_in_order)
+        picked = min(count, len(found))
+        return [found[(2 * k + 1) * len(found) // (2 * picked)] for k in range(picked)]
+
+    def _square(self, cell: Spot, edge: int) -> Spot | None:
+        """The square, of those that tile its grid, in which the corner of a cell lies."""
+        rows, cols = self.tree.template.grid(cell.group).shape
+        edge = min(edge, rows, cols) // STRIDE * STRIDE
+        if edge < 2 * STRIDE:
+            return None
+        row = min(cell.region.row // edge * edge, rows - edge)
+        col = min(cell.region.col // edge * edge, cols - edge)
+        return Spot(cell.group, cell.year, Region(row, col, edge, edge))
 
     def read(self, spot: Spot) -> Patch:
         """The patch of a spot; blocks of the cube that were read lately are kept in memory."""

@@ -16,9 +16,11 @@ True
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,10 @@ from numpy.typing import NDArray
 from aeheight.errors import InputError
 
 Shape = tuple[int, int]
+
+STRIDE: Final = 32
+"""Pixels between the coarsest cells of a network: edges of what it sees, and distances between its
+windows, are multiples of it, or the same ground would give other heights."""
 
 Runs = tuple[tuple[int, int, int], ...]
 """Squares of a board, row by row: (row, first column, column after the last)."""
@@ -147,6 +153,33 @@ def runs_of(chosen: NDArray[np.bool_]) -> Runs:
         (int(line), int(first), int(last))
         for (line, first), (_, last) in zip(starts, ends, strict=True)
     )
+
+
+def coarser(runs: Runs, factor: int) -> Runs:
+    """The runs of a board of larger squares: those that hold any chosen one.
+
+    Args:
+        runs: of the small squares.
+        factor: small squares along the edge of a large one.
+
+    >>> coarser(((0, 0, 1), (1, 2, 5), (4, 3, 4)), 2)
+    ((0, 0, 3), (2, 1, 2))
+    """
+    chosen: dict[int, set[int]] = {}
+    for line, first, last in runs:
+        chosen.setdefault(line // factor, set()).update(range(first // factor, ceil(last / factor)))
+    return tuple(
+        (line, first, last + 1)
+        for line, columns in sorted(chosen.items())
+        for first, last in _stretches(sorted(columns))
+    )
+
+
+def _stretches(numbers: Sequence[int]) -> Iterator[Shape]:
+    """First and last of every stretch of consecutive numbers."""
+    breaks = [k for k in range(1, len(numbers)) if numbers[k] != numbers[k - 1] + 1]
+    for start, stop in pairwise([0, *breaks, len(numbers)]):
+        yield numbers[start], numbers[stop - 1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -398,6 +398,79 @@ def test_validation_patches_hold_all_validation_pixels(world):
     assert total == world.total(VALIDATION)
 
 
+# --- squares -----------------------------------------------------------------------------------
+
+
+def open_ground(place, shape, grounds, years=(2021,)):
+    """Swept patches of 16 px: ground of some use in some regions, embeddings and heights all over.
+
+    The second grid is too small for a square.
+    """
+    grids = (Grid("EPSG:32610", 10, 400_000, 4_000_000, shape), GRIDS[1])
+    template = Template(grids, (EMBEDDING, HEIGHT, SPLIT), years, CubeSettings(shard=64, chunk=64),
+                        "cube of a test")  # fmt: skip
+    tree, use = create(Store.at(place), template), np.zeros(shape, dtype=np.uint8)
+    for region, which in grounds:
+        use[region.slices] = which
+    for shard in (s for name in ("embedding", "height", "split") for s in template.shards(name)):
+        if shard.layer == "split":
+            values = use[shard.region.slices] if shard.group == "utm10n" else None
+        else:
+            bands = (BANDS,) if shard.layer == "embedding" else ()
+            values = np.ones((*bands, *shard.region.shape), template.layer(shard.layer).dtype)
+        if values is not None:
+            tree.write(shard, np.ascontiguousarray(values))
+    patches = Patches(tree, 16, 0)
+    for _ in patches.sweep():
+        pass
+    return patches
+
+
+def corners(spots):
+    return [(spot.region.row, spot.region.col) for spot in spots]
+
+
+def test_squares_tile_the_ground_that_trains_or_validates(tmp_path):
+    """200 x 330 px in squares of 64: the last of a row and of a column end with the grid."""
+    grounds = [
+        (Region(0, 0, 200, 330), TEST),
+        (Region(0, 0, 64, 64), TRAIN),
+        (Region(64, 128, 64, 64), VALIDATION),
+        (Region(128, 192, 40, 64), TRAIN),
+        (Region(0, 256, 20, 64), TRAIN),  # less than half as much as the first two
+        (Region(180, 300, 20, 30), TRAIN),
+    ]
+    patches = open_ground(tmp_path / "cube.zarr", (200, 330), grounds)
+    found = patches.squares(64, 10)
+    assert corners(found) == [(0, 0), (64, 128), (128, 192)]
+    assert {spot.region.shape for spot in found} == {(64, 64)}
+    assert {(spot.group, spot.year) for spot in found} == {("utm10n", 2021)}
+    assert patches.squares(64, 10) == patches.squares(95, 10) == found
+    assert [corners(patches.squares(64, n)) for n in (0, 1, 2)] == [
+        [], [(64, 128)], [(0, 0), (128, 192)],
+    ]  # fmt: skip
+    assert patches.read(found[1]).codes.shape == (BANDS, 64, 64)
+    assert (patches.read(found[1]).use == VALIDATION).all()
+
+
+def test_squares_end_with_the_grid_and_are_no_larger(tmp_path):
+    patches = open_ground(
+        tmp_path / "cube.zarr", (169, 237), [(Region(0, 0, 169, 237), TRAIN)], (2020, 2021)
+    )
+    # The last 73 rows are half a square's worth of new ground, the last 45 columns are not.
+    expected = [(0, 0), (0, 96), (73, 0), (73, 96)]
+    assert corners(patches.squares(96, 99)) == expected * 2
+    assert [spot.year for spot in patches.squares(96, 99)] == [2020] * 4 + [2021] * 4
+    assert [spot.year for spot in patches.squares(96, 4)] == [2020, 2020, 2021, 2021]
+    assert corners(patches.squares(1024, 99)) == [(0, 0)] * 2
+    assert {spot.region.shape for spot in patches.squares(1024, 99)} == {(160, 160)}
+
+
+def test_ground_without_room_for_a_square_has_none(world):
+    assert swept(world, 16).squares(1024, 4) == []
+    assert Patches(world.tree, 16, 0).squares(1024, 4) == []
+
+
 # --- reads -------------------------------------------------------------------------------------
 
 spots = st.builds(
