@@ -16,6 +16,7 @@ from typing import Any
 from aeheight import __version__
 from aeheight.cluster import QUIET_THREADS, Connection
 from aeheight.errors import InputError
+from aeheight.progress import describe_run, served
 from aeheight.settings import load_region
 
 DONE, UNFINISHED, BAD_INPUT = 0, 1, 2
@@ -97,13 +98,37 @@ def _add_workers(command: argparse.ArgumentParser) -> None:
         help="worker processes on this machine (default: one for two cores)",
     )
     command.add_argument(
+        "--gpus",
+        type=_count,
+        metavar="N",
+        help="further processes here, one for each GPU (default: all that are visible)",
+    )
+    command.add_argument(
         "--scheduler", metavar="ADDRESS", help="a Dask scheduler, such as tcp://host:8786"
     )
+    command.add_argument(
+        "--metrics-port",
+        type=_port,
+        metavar="N",
+        help="serve this command's metrics to Prometheus at http://HOST:N/metrics",
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+    return int(text)
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: a whole number from 1 to 65535")
     return int(text)
 
 
@@ -146,10 +171,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         checkpoint=getattr(arguments, "checkpoint", None),
         as_json=arguments.as_json,
     )
-    connection = Connection(
-        getattr(arguments, "scheduler", None), getattr(arguments, "workers", None)
-    )
-    run = Run(settings, options, connection)
+    run = Run(settings, options, _connection(arguments))
     say: Callable[[dict[str, Any], list[str]], None] = (
         (lambda facts, _: print(json.dumps(facts)))  # noqa: T201
         if arguments.as_json
@@ -157,12 +179,32 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     )
     if arguments.verb == "status":
         return pipeline.status(run, say)
-    if arguments.verb == "verify":
-        return pipeline.verify(run, say, repair=arguments.repair)
-    steps = pipeline.steps_of(run, arguments.verb)
-    if arguments.plan:
+    steps = [] if arguments.verb == "verify" else pipeline.steps_of(run, arguments.verb)
+    if getattr(arguments, "plan", False):
         return pipeline.show_plans(run, steps, say)
-    return pipeline.execute(run, steps, say)
+    describe_run(settings.name, __version__)
+    with served(arguments.metrics_port):
+        if arguments.verb == "verify":
+            return pipeline.verify(run, say, repair=arguments.repair)
+        return pipeline.execute(run, steps, say)
+
+
+def _connection(arguments: argparse.Namespace) -> Connection:
+    def announce(address: str, hint: str) -> None:
+        lacking = {"hint": hint} if hint else {}
+        told = (
+            json.dumps({"dashboard": address} | lacking)
+            if arguments.as_json
+            else f"dashboard {address}" + f" ({hint})" * bool(hint)
+        )
+        print(told, file=sys.stderr, flush=True)  # noqa: T201
+
+    return Connection(
+        getattr(arguments, "scheduler", None),
+        getattr(arguments, "workers", None),
+        gpus=getattr(arguments, "gpus", None),
+        announce=announce,
+    )
 
 
 if __name__ == "__main__":

@@ -1,53 +1,64 @@
 """Mapping a task over shards on Dask: bounded in flight, results released, failures listed.
 
 A task carries only itself (a small frozen value) and a shard's name; it reads, computes, writes and
-leaves its receipt on the worker, so that a driver may die at any time and lose nothing.
+leaves its receipt on the worker, so that a driver may die at any time and lose nothing. Workers may
+come and go: a shard is lost by none of them, and given up only when it is the likely cause.
 """
 
-import json
-import logging
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Self, TextIO
+from queue import Empty, SimpleQueue
+from typing import Any, Literal, cast
 
-from dask import config
 from dask.base import tokenize
-from dask.system import CPU_COUNT
-from dask.utils import parse_timedelta
-from distributed import Client, LocalCluster, as_completed
-from distributed.comm.addressing import parse_address
+from distributed import Client, get_worker
 from distributed.comm.core import CommClosedError
-from distributed.comm.registry import get_backend
+from distributed.scheduler import KilledWorker
 
+from aeheight.connection import (
+    QUIET_THREADS,
+    Connection,
+    check_software,
+    different_software,
+    software,
+)
+from aeheight.crew import Crew, Key, gpu_slots
 from aeheight.errors import InputError
+from aeheight.progress import Progress, clock
 from aeheight.receipts import Receipt
 from aeheight.template import Shard
 
-__all__ = ["Client", "Connection", "Outcome", "Progress", "Task", "clock", "run_shards"]
+__all__ = [
+    "LIMIT",
+    "QUIET_THREADS",
+    "Client",
+    "Connection",
+    "Device",
+    "Outcome",
+    "Progress",
+    "Task",
+    "clock",
+    "run_shards",
+]
 
+LIMIT = 600.0
+"""Seconds that a shard may always take before its worker counts as hung: the first may have to load
+a model and compile it."""
+_HANGS = 3
+"""A shard that hung so many workers is given up."""
 _AHEAD = 2
 """Tasks in flight for every thread of the cluster: enough that no worker ever waits."""
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-_MEMORY = {
-    "MALLOC_ARENA_MAX": 1,
-    "MALLOC_MMAP_THRESHOLD_": 1 << 25,
-    "MALLOC_TRIM_THRESHOLD_": 1 << 26,
-}
-"""Bytes: the C library keeps some freed memory for the next chunk, for all threads together. Dask's
-own setting gives it back to the kernel at once, which took 1.7 times the CPU of an ingest task."""
-_PRELOADED = ["aeheight.cube", "aeheight.sources"]
-"""What every task needs, and takes two seconds to import."""
-QUIET_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads that wait must sleep: spinning ones made training 15 times slower on a busy machine."""
+_ROUNDS = 2
+"""A shard that Dask gave up because its workers died is tried once more."""
+_TURN = 0.5
+"""Seconds between two looks at the workers while nothing finishes."""
 
 Task = Callable[[Shard], Receipt]
+Device = Literal["cpu", "gpu", "auto"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,242 +77,231 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class _Failure:
-    """Why a task failed: a value, so that no worker logs a traceback for what a user did."""
+class _Result:
+    """What a task hands back: a value also where it failed, so that no worker logs a traceback."""
 
-    reason: str
+    reason: str | None
+    """Why it failed."""
+    seconds: float | None = None
+    """That it took on the worker."""
+    suspect: bool = False
+    """Its workers died: by its fault, a neighbour's or none."""
 
 
-def _attempt(task: Task, shard: Shard) -> Receipt | _Failure:
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """A worker that joined later, of another software than the driver's."""
+
+    worker: str
+    software: str
+
+
+def _attempt(task: Task, shard: Shard, wanted: str) -> _Result | _Refusal:
     """Run on a worker."""
+    if (here := software()) != wanted:
+        return _Refusal(get_worker().address, here)
+    started = time.monotonic()
     try:
-        return task(shard)
+        task(shard)
     except Exception as error:
-        return _Failure(_reason(error))
+        return _Result(_reason(error), time.monotonic() - started)
+    return _Result(None, time.monotonic() - started)
 
 
-class Connection:
-    """A client of a given scheduler, or of worker processes on this machine; opened when needed.
-
-    A context manager: what it opened ends with it.
-    """
-
-    def __init__(
-        self, scheduler: str | None = None, workers: int | None = None, patience: float = 600
-    ) -> None:
-        """Remember where to connect.
-
-        Args:
-            scheduler: such as `tcp://host:8786`; None starts a cluster here.
-            workers: processes here; None is one for every two cores. They share the cores evenly.
-            patience: seconds to wait for the first worker of a given scheduler (and, up to 20, for
-                the scheduler itself).
-        """
-        self._scheduler = scheduler
-        self._workers = workers or max(CPU_COUNT // 2, 1)
-        self._patience = patience
-        self._opened = ExitStack()
-        self._client: Client | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._opened.close()
-        self._client = None
-
-    def client(self) -> Client:
-        """The client, the same at every call.
-
-        Raises:
-            InputError: no scheduler answers at that address, or no worker joins it.
-        """
-        if self._client is None:
-            self._client = self._remote(self._scheduler) if self._scheduler else self._local()
-        return self._client
-
-    def _local(self) -> Client:
-        threads = str(max(CPU_COUNT // self._workers, 1))
-        spawning = "distributed.nanny.pre-spawn-environ"
-        memory = config.set({spawning: config.get(spawning) | _MEMORY})
-        with _deaf_to_interrupts(), memory:
-            cluster = LocalCluster(
-                n_workers=self._workers,
-                threads_per_worker=1,
-                dashboard_address=":0",
-                silence_logs=logging.CRITICAL,
-                preload=_PRELOADED,
-                env=dict.fromkeys(_THREAD_VARIABLES, threads) | QUIET_THREADS,
-            )
-        client: Client = Client(self._opened.enter_context(cluster))
-        self._opened.enter_context(client)
-        return client
-
-    def _remote(self, scheduler: str) -> Client:
-        try:
-            scheme, place = parse_address(scheduler)
-            get_backend(scheme).get_address_host(place)  # refuses what is no address
-            # Dask's own setting may ask for more, where a scheduler's image has yet to be pulled.
-            usual = parse_timedelta(config.get("distributed.comm.timeouts.connect"))
-            client: Client = Client(scheduler, timeout=min(max(20, usual), self._patience))
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"no Dask scheduler answers at {scheduler} ({error}); start one, or leave "
-                "--scheduler out to work on this machine"
-            ) from error
-        try:
-            self._opened.enter_context(client)
-            client.wait_for_workers(1, timeout=self._patience)
-        except TimeoutError as error:
-            raise InputError(
-                f"no worker joined {scheduler} within {self._patience:.0f} s; start some"
-            ) from error
-        return client
-
-
-@contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes started inside ignore Ctrl-C: it is the driver's, which then ends them in order.
-
-    A terminal sends Ctrl-C to all processes, and each worker would answer with a traceback.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@dataclass(slots=True)
-class Progress:
-    """Shards done, failed and left, pixels a second, time to go: for people or as JSON lines."""
-
-    label: str
-    total: int
-    stream: TextIO = field(default_factory=lambda: sys.stderr)
-    as_json: bool = False
-    interval: float = 2.0
-    done: int = 0
-    failed: int = 0
-    pixels: int = 0
-    _started: float = field(default_factory=time.monotonic)
-    _shown: float = 0.0
-
-    def begin(self) -> None:
-        """Say what is to be done, before workers have started."""
-        if not self.as_json:
-            print(f"{self.label:9} {self.total} shards to do", file=self.stream, flush=True)
-
-    def step(self, pixels: int, *, failed: bool = False) -> None:
-        """Count one shard, and show it if the last line is old enough or it is the last shard."""
-        self.done += not failed
-        self.failed += failed
-        self.pixels += 0 if failed else pixels
-        now = time.monotonic()
-        if now - self._shown >= self.interval or self.done + self.failed == self.total:
-            self._shown = now
-            print(self.line(now - self._started), file=self.stream, flush=True)
-
-    def line(self, seconds: float) -> str:
-        """The state as text or JSON after so many seconds."""
-        left = self.total - self.done - self.failed
-        rate = self.pixels / max(seconds, 1e-9)
-        to_go = left * seconds / max(self.done + self.failed, 1)
-        if self.as_json:
-            return json.dumps(
-                {
-                    "step": self.label,
-                    "done": self.done,
-                    "failed": self.failed,
-                    "left": left,
-                    "pixels_per_second": round(rate),
-                    "seconds_to_go": round(to_go, 1),
-                }
-            )
-        return (
-            f"{self.label:9} {self.done:>5} of {self.total} shards done, {self.failed} failed, "
-            f"{left} left   {rate / 1e6:.2f} Mpx/s   {clock(to_go)} to go"
-        )
-
-
-def clock(seconds: float) -> str:
-    """`0:42`, `1:02:03`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def run_shards(client: Client, task: Task, shards: Sequence[Shard], progress: Progress) -> Outcome:
+def run_shards(
+    client: Client,
+    task: Task,
+    shards: Sequence[Shard],
+    progress: Progress,
+    device: Device = "cpu",
+    *,
+    limit: float = LIMIT,
+) -> Outcome:
     """Run a task for every shard; each shard succeeds or fails on its own.
+
+    A worker whose shard is out for longer than `limit`, and 20 times the longest that finished, is
+    started anew; the shard goes elsewhere, and fails when it has hung three workers. A shard whose
+    workers died more often than Dask allows may have had bad luck, or a bad neighbour: it is tried
+    again at the end, when no worker has more than one such shard, and fails when they die again.
 
     Args:
         client: an open client.
         task: picklable and small; it writes the shard and leaves the receipt itself.
         shards: each by one task only.
         progress: told of every shard.
+        device: `gpu` asks workers that declare the resource GPU for one of it; `auto` does where
+            there are any; `cpu` takes any worker.
+        limit: seconds.
 
     Raises:
+        InputError: no worker declares a GPU, or a worker's software is not the driver's.
         ConnectionError: the scheduler went away; what has a receipt is safe.
     """
     started = time.monotonic()
     failed: dict[str, str] = {}
     pixels = 0
-    try:
-        for shard, result in _results(client, task, shards, progress.label):
-            if isinstance(result, _Failure):
-                failed[shard.name] = result.reason
-            else:
+    flight = _Flight(client, task, progress, _wants_gpu(client, device), limit)
+    with closing(flight.results(shards)) as results:
+        for shard, result in results:
+            if result.reason is None:
                 pixels += shard.region.size
-            progress.step(shard.region.size, failed=isinstance(result, _Failure))
-    except (CommClosedError, CancelledError) as error:
-        raise ConnectionError(
-            f"the scheduler went away ({error}); run again: finished shards are kept"
-        ) from error
+            else:
+                failed[shard.name] = result.reason
+            failing = result.reason is not None
+            progress.step(shard.region.size, failed=failing, seconds=result.seconds)
     done = len(shards) - len(failed)
     return Outcome(done, 0, failed, time.monotonic() - started, pixels)
 
 
-def _results(
-    client: Client, task: Task, shards: Sequence[Shard], label: str
-) -> Iterator[tuple[Shard, Receipt | _Failure]]:
-    """Every shard with what came of it, in the order of finishing; few are in flight at a time."""
-    # With the task in it (its store and settings): two runs may share a scheduler.
-    prefix = f"{label}-{tokenize(task)[:16]}"
-    resources = {"GPU": 1} if _has_gpus(client) else None
-    names: dict[str, Shard] = {}
-
-    def submit(shard: Shard) -> Any:
-        key = f"{prefix}-{shard.name}"
-        names[key] = shard
-        return client.submit(_attempt, task, shard, key=key, pure=False, resources=resources)
-
-    waiting = iter(shards)
-    running = as_completed([submit(shard) for shard in islice(waiting, _room(client))])
-    for future in running:
-        failed = future.status == "error"
-        yield (
-            names.pop(future.key),
-            # No worker could finish it: they kept dying.
-            _Failure(_reason(future.exception())) if failed else future.result(),
+def _wants_gpu(client: Client, device: Device) -> bool:
+    """Whether tasks ask for a GPU."""
+    if device == "cpu":
+        return False
+    there = bool(gpu_slots(client))
+    if device == "gpu" and not there:
+        raise InputError(
+            "no worker declares a GPU: start one worker process for each GPU, such as "
+            "`dask worker ADDRESS --nthreads 4 --resources GPU=4`, or compute on CPUs with "
+            "--set predict.device=cpu"
         )
-        future.release()
-        # Workers may have joined since: there is room for as many as they can take now.
-        for shard in islice(waiting, max(_room(client) - running.count(), 0)):
-            running.add(submit(shard))
+    return there
 
 
-def _room(client: Client) -> int:
-    """Tasks that may be in flight."""
-    threads: int = sum(client.nthreads().values())
-    return max(threads, 1) * _AHEAD
+@contextmanager
+def _scheduler_may_go() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, CancelledError) as error:  # Dask's CommClosedError is an OSError
+        raise ConnectionError(
+            f"the scheduler went away ({error}); run again: finished shards are kept"
+        ) from error
 
 
-def _has_gpus(client: Client) -> bool:
-    workers = client.scheduler_info(n_workers=-1)["workers"].values()
-    return any("GPU" in worker["resources"] for worker in workers)
+@dataclass(slots=True)
+class _Out:
+    """A shard that is out to the workers."""
+
+    shard: Shard
+    future: Any
+    hangs: int = 0
+    """Workers that it hung."""
+
+
+class _Flight:
+    """The shards of one step on their way through the cluster."""
+
+    def __init__(
+        self, client: Client, task: Task, progress: Progress, gpu: bool, limit: float
+    ) -> None:
+        self._client, self._task, self._progress = client, task, progress
+        self._loop: Any = client.loop
+        # With the task in it (its store and settings): two runs may share a scheduler.
+        self._prefix = f"{progress.label}-{tokenize(task)[:16]}"
+        self._resources = {"GPU": 1} if gpu else None
+        self._software = software()
+        self._out: dict[Key, _Out] = {}
+        self._answers: SimpleQueue[tuple[Key, object]] = SimpleQueue()
+        self._crew = Crew(client, gpu=gpu, limit=limit)
+
+    def results(self, shards: Sequence[Shard]) -> Generator[tuple[Shard, _Result]]:
+        """Every shard with what came of it, in the order of finishing."""
+        suspects: list[Shard] = []
+        try:
+            with _scheduler_may_go():
+                for shard, result in self._round(shards, "", lambda: self._crew.slots * _AHEAD):
+                    if result.suspect:
+                        suspects.append(shard)
+                    else:
+                        yield shard, result
+                yield from self._round(suspects, "-again", lambda: self._crew.size)
+        finally:
+            self._progress.end()
+            for out in self._out.values():
+                out.future.release()
+
+    def _round(
+        self, shards: Sequence[Shard], suffix: str, room: Callable[[], int]
+    ) -> Iterator[tuple[Shard, _Result]]:
+        """Every shard once; few are in flight at a time."""
+        waiting = iter(shards)
+        while True:
+            self._look()
+            # Workers may have joined since: there is room for as many as they can take now.
+            for shard in islice(waiting, max(room() - len(self._out), 0)):
+                self._submit(shard, suffix)
+            if not self._out:
+                return
+            with suppress(Empty):
+                key, answer = self._answers.get(timeout=_TURN)
+                result = self._result(key, answer)
+                yield self._out.pop(key).shard, result
+
+    def _submit(self, shard: Shard, suffix: str) -> None:
+        # A tuple: then all tasks are one group on the scheduler, which else remembers each.
+        key = (self._prefix + suffix, shard.name)
+        future = self._client.submit(
+            _attempt, self._task, shard, self._software,
+            key=key, pure=False, resources=self._resources,
+        )  # fmt: skip
+        self._out[key] = _Out(shard, future)
+        self._loop.add_callback(_deliver, future, self._answers)
+
+    def _result(self, key: Key, answer: object) -> _Result:
+        """What came of a task."""
+        match answer:
+            case _Result():
+                self._crew.took(answer.seconds or 0.0)
+                return answer
+            case _Refusal():
+                raise different_software(f"the worker {answer.worker}", answer.software)
+            case CancelledError() if (hangs := self._out[key].hangs) == _HANGS:
+                return _Result(f"hung {hangs} workers, each for over {self._crew.limit:.0f} s")
+            case CancelledError() | CommClosedError():
+                raise answer
+            case KilledWorker():
+                return _killed(answer)
+            case _:
+                check_software(self._client)  # what a worker cannot unpickle, for example
+                return _Result(_reason(cast(Exception, answer)))
+
+    def _look(self) -> None:
+        """See, now and then, which workers are there, and whether one hangs."""
+        if self._crew.refresh():
+            self._progress.note("no worker is there; waiting for one")
+        hung = self._crew.hung(self._out)
+        for worker, keys in hung.items():
+            for key in keys:
+                self._blame(worker, self._out[key])
+        if hung:
+            self._crew.replace(hung)
+
+    def _blame(self, worker: str, out: _Out) -> None:
+        out.hangs += 1
+        last = out.hangs == _HANGS
+        self._progress.note(
+            f"{out.shard.name} takes over {self._crew.limit:.0f} s on {worker}: "
+            f"that worker is started anew, the shard {'given up' if last else 'done elsewhere'}"
+        )
+        if last:
+            out.future.cancel()
+
+
+async def _deliver(future: Any, answers: SimpleQueue[tuple[Key, object]]) -> None:
+    """Run in the client's loop: fetching many results takes no longer than fetching one."""
+    try:
+        answer = await future
+    except Exception as error:
+        answer = error
+    answers.put((future.key, answer))
+
+
+def _killed(error: KilledWorker) -> _Result:
+    deaths = _ROUNDS * (error.allowed_failures + 1)
+    return _Result(
+        f"KilledWorker: {deaths} workers died with it, the last at {error.last_worker.address}; "
+        "too little memory is the usual cause, and its log may tell",
+        suspect=True,
+    )
 
 
 def _reason(error: BaseException) -> str:
