@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from aeheight.figures import Maps, format_metric
 from aeheight.metrics import GLOSSARY, Scatter, Stats
-from aeheight.report import ATTRIBUTION, Maps, Report, format_metric, judged_split, render
+from aeheight.report import ATTRIBUTION, Prediction, Report, judged_split, render
+from aeheight.seams import Seams
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 EVIL = '<script>alert("x")</script>'
@@ -138,6 +140,101 @@ def only(report, split):
     metrics["model"] = keep(metrics["model"])
     metrics["baselines"] = {name: keep(row) for name, row in metrics["baselines"].items()}
     return dataclasses.replace(bare(report), metrics=metrics)
+
+
+CURVE = Seams(
+    edge=512,
+    pixels=10**6,
+    halos=(0, 32, 64, 128),
+    rms=(0.18, 0.012, 0.0034, 0.0),
+    step=(0.56, 0.037, 0.0076, 2e-6),
+    largest=(14.6, 0.83, 0.32, 0.009),
+)
+
+
+def predicted(report, **changes):
+    """The bare report with an account of the prediction."""
+    made = {"window_px": 1152, "halo_px": 64, "extra": 1.2656, "seams": CURVE, "limit": 0.021}
+    return dataclasses.replace(bare(report), prediction=Prediction(**(made | changes)))
+
+
+def test_the_prediction_tells_its_windows_and_seams(report):
+    page = Page(render(predicted(report)))
+    assert "windows of 1152 px, of which a halo of 64 px" in page.words
+    assert "1.27 pixels computed for each pixel" in page.words
+    assert "a step of 0.0076 m at seams, an RMS error of 0.0034 m beside the cut and" in page.words
+    assert "1 % of the map's own RMSE is 0.021 m" in page.words
+    assert len(page.images) == 1
+    far = Page(render(predicted(report, halo_px=128))).words
+    assert "a step of under 0.01 mm at seams" in far
+    near = Page(render(predicted(report, halo_px=0))).words
+    assert "a step of 0.56 m at seams" in near
+    assert "seams may be seen" in near
+    assert "seams may be seen" not in page.words + far
+
+
+@pytest.mark.parametrize("changes", [{"seams": None}, {"halo_px": 96}, {"limit": None}])
+def test_what_was_not_measured_is_not_told(report, changes):
+    page = Page(render(predicted(report, **changes)))
+    assert ("training measured" in page.words) == ("limit" in changes)
+    assert "1 % of the map" not in page.words
+    assert len(page.images) == ("seams" not in changes)
+    assert "Estimate and truth" not in page.words
+
+
+def test_estimate_and_truth_stand_side_by_side(report):
+    about = {"shards": 40, "failed": 1, "windows": 6400, "workers": 4, "device": "cpu"}
+    sessions = [
+        {"estimate_seconds": 610.0, "seconds": 671.0, **about},
+        {"estimate_seconds": None, "seconds": 9.1, "device": EVIL},
+    ]
+    page = Page(render(predicted(report, sessions=sessions)))
+    assert page.row("1") == [
+        *("1", "10 min 10 s", "11 min 11 s", "1.10", "40", "1", "6\u202f400", "4", "cpu")
+    ]
+    assert page.row("2") == ["2", "–", "9.1 s", "–", "–", "–", "–", "–", EVIL]
+
+
+def test_zones_stand_beside_the_map_s_own_error(report):
+    found = stats(np.full((10, 10), 1.5), np.zeros((10, 10))).summary()
+    row = {"between": ["utm31n", "utm32n"], **found}
+    metrics = {**report.metrics, "zones": [row]}
+    page = Page(render(dataclasses.replace(bare(report), metrics=metrics)))
+    rmse = report.metrics["model"]["test"]["rmse"]
+    assert f"The map's own RMSE on test ground is {rmse:.2f} m" in page.words
+    shown = page.row("utm31n and utm32n")
+    assert shown[1:] == ["1.50", f"{150 / rmse:.0f} %", "0.00", "1.50", "+1.50", "+1.50", "100"]
+    without = Page(render(dataclasses.replace(bare(report), metrics={**metrics, "zones": []})))
+    assert "Where two zones meet" not in without.words
+
+
+def test_novelty_is_a_map_and_a_table(report):
+    test = report.metrics["model"]["test"]
+    rows = [
+        {"split": split, "lo": lo, "hi": hi, **test, "n": n}
+        for split in ("test", "all")
+        for lo, hi, n in ((0.0, 0.5, 600), (0.5, 1.0, 280), (1.0, 2.0, 100), (2.0, None, 20))
+    ]
+    novelty = np.full(report.maps[0].reference.shape, np.nan, np.float32)
+    novelty[:20] = np.linspace(0, 9, novelty.shape[1])
+    whole = dataclasses.replace(
+        bare(report),
+        maps=[
+            dataclasses.replace(report.maps[0], novelty=novelty),
+            dataclasses.replace(report.maps[0], novelty=np.full_like(novelty, np.nan)),
+        ],
+        metrics={**report.metrics, "by": {"novelty": rows}},
+    )
+    page = Page(render(whole))
+    assert len(page.images) == 10
+    assert "12 % of test ground has a novelty above 1" in page.words
+    assert page.row("2 and more")[-1] == "20"
+    assert page.row("0 to 0.5")[-1] == "600"
+
+
+def test_one_epoch_is_no_curve(report):
+    one = dataclasses.replace(bare(report), history=report.history[:1])
+    assert "Learning" not in Page(render(one)).words
 
 
 def test_the_page_asks_the_network_for_nothing(report):

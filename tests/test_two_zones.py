@@ -1,19 +1,26 @@
 """A region across two zones, from tiles to report: all ground counts once, and nothing leaks."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xarray as xr
 from pyproj import Transformer
+from rasterio.warp import Resampling, reproject
 
+from aeheight.cube import open_tree
 from aeheight.patches import TEST, TRAIN, VALIDATION, draw_split
+from aeheight.receipts import Ledger
 from aeheight.settings import SplitSettings
+from aeheight.store import Store
+from aeheight.template import Shard
 from aeheight.windows import Region, whole
 from pipelines.world import make_world
 from tests.runs import Region as Run
-from tests.runs import Regions, Result, run_here, small_settings, whole_shards
+from tests.runs import Regions, Result, copied, run_here, small_settings, whole_shards
 
 MERIDIAN = 6.0
 BUFFER = 4
@@ -92,6 +99,77 @@ def unused(cube: dict[str, xr.Dataset], heights: dict[str, xr.Dataset]) -> int:
         known = np.isfinite(group.height) & np.isfinite(heights[name].height.isel(time=0))
         count += int((own & known.to_numpy() & (group.split.to_numpy() == 0)).sum())
     return count
+
+
+def test_the_difference_where_they_meet_is_reported(finished: Run) -> None:
+    """Parity with GDAL's bilinear warp of the eastern map onto the western pixels."""
+    (row,) = finished.metrics()["zones"]
+    assert row["between"] == ["utm31n", "utm32n"]
+    assert all(math.isfinite(value) for name, value in row.items() if name != "between")
+    grids = open_tree(Store.at(finished.heights)).template.grids
+    maps = groups(finished.heights)
+    west, east = (maps[grid.name].height.isel(time=0).to_numpy() for grid in grids)
+    known = np.pad(np.isfinite(east), 2)  # a rim that is missing: GDAL's edges weigh otherwise
+    outer = grids[1].part(whole(grids[1].shape).expand(2))
+
+    def warped(values: np.ndarray) -> np.ndarray:
+        out = np.zeros(west.shape)
+        reproject(
+            values.astype(np.float64),
+            out,
+            src_transform=outer.transform,
+            src_crs=outer.crs,
+            dst_transform=grids[0].transform,
+            dst_crs=grids[0].crs,
+            resampling=Resampling.bilinear,
+            XSCALE=1,
+            YSCALE=1,
+        )
+        return out
+
+    there = warped(np.nan_to_num(np.pad(east, 2)))
+    both = np.isfinite(west) & (warped(known) > 1 - 1e-7)
+    d = (west - there)[both]
+    assert row["n"] == d.size > 1000
+    # GDAL approximates the places by some thousandths of a pixel.
+    assert row["mean"] == pytest.approx(d.mean(), abs=1e-3)
+    assert row["rmse"] == pytest.approx(np.sqrt((d**2).mean()), rel=1e-3)
+    page = (finished.store / "report" / "index.html").read_text()
+    assert "Where two zones meet" in page
+    assert "utm31n and utm32n" in page
+    assert "windows of 64 px, of which a halo of 16 px" in page
+    assert "Estimate and truth" in page
+
+
+def test_a_neighbour_that_is_made_again_is_compared_again(
+    finished: Run, tmp_path: Path, aeheight: Callable[..., Result]
+) -> None:
+    """Sums are made again where a shard of the other zone was made from something else."""
+    twin = copied(finished, Regions(tmp_path, finished.settings))
+    ledger = Ledger(Store.at(twin.store / "heights.receipts")).current()
+    template = open_tree(Store.at(twin.heights)).template
+    west, east = template.grids
+    move = Transformer.from_crs(east.crs, west.crs, always_xy=True)
+    receipts = list(ledger.receipts(ledger.done()))
+    other = next(r for r in receipts if r.shard.startswith("utm32n") and r.valid > 1000)
+    ledger.forget({other.shard})
+    ledger.leave(replace(other, inputs="0123456789abcdef"))
+    report = Ledger(Store.at(twin.store / "report.receipts"))
+    before, numbers = report.done(), twin.metrics()
+    assert aeheight("evaluate", twin.path).code == 0
+    after = report.done()
+    assert twin.metrics()["zones"] == numbers["zones"]
+    assert twin.metrics()["model"] == numbers["model"]
+    again = {Shard.parse(name) for name in before if before[name] != after[name]}
+    region = Shard.parse(other.shard).region
+    assert {(s.group, s.region) for s in again if s.group == "utm32n"} == {("utm32n", region)}
+    x, y = move.transform(*np.meshgrid(east.part(region).x(), east.part(region).y()))
+    row, col = (west.top - y) // 640 * 64, (x - west.left) // 640 * 64
+    squares = {s.region for s in template.shards("height") if s.group == "utm31n"}
+    under = {s for s in squares if ((row == s.row) & (col == s.col)).any()}
+    found = {s.region for s in again if s.group == "utm31n"}
+    assert under <= found < squares
+    assert all(min(math.dist((s.row, s.col), (u.row, u.col)) for u in under) < 91 for s in found)
 
 
 def test_training_ground_keeps_away_from_what_another_zone_may_test(finished: Run) -> None:

@@ -19,6 +19,7 @@ from aeheight.models import Checkpoint
 from aeheight.patches import USES
 from aeheight.receipts import Ledger, Receipt, receipt_for
 from aeheight.settings import fingerprint
+from aeheight.steps.edges import compare, facing, opposite
 from aeheight.steps.predict import MODEL
 from aeheight.steps.run import Made, Plan, Run, carry_out
 from aeheight.steps.split import record_split, split_fingerprint
@@ -29,6 +30,9 @@ from aeheight.windows import Region
 
 SLOPES = (0.0, 2.0, 5.0, 10.0, 20.0, 30.0, 45.0, 90.0)
 """Class edges of the slope, degrees."""
+
+NOVELTIES = (0.0, 0.5, 1.0, 2.0, np.inf)
+"""Class edges of the novelty; 1 is where 99 % of the validation ground lies below."""
 
 
 def plan(run: Run) -> Plan:
@@ -41,9 +45,11 @@ def plan(run: Run) -> Plan:
     tree = run.whole_cube()
     maps = run.ledger("heights").store
     made = Checkpoint.from_bytes(maps.read(MODEL)) if maps.exists(MODEL) else None
-    year = _judged_year(tree.template, made)
-    cube, shards = tree.template, _shards(run, tree.template, year)
-    per_pixel = 64 + 4 * sum(layer.dtype == "float32" for layer in cube.layers) + 5
+    cube, year = tree.template, _judged_year(tree.template, made)
+    heights = open_tree(run.heights).template if find(run.heights) else cube
+    shards = _shards(run, cube, heights, year)
+    floats = sum(layer.dtype == "float32" for layer in cube.layers) + _tells_novelty(heights)
+    per_pixel = 64 + 4 * floats + 5
     return Plan(
         "evaluate",
         {
@@ -68,16 +74,20 @@ def _judged_year(cube: Template, checkpoint: Checkpoint | None) -> int:
     return (trained or cube.years)[0]
 
 
-def _shards(run: Run, cube: Template, year: int) -> list[Shard]:
-    """One a shard of the map in the year that is judged.
+def _tells_novelty(heights: Template) -> bool:
+    return any(layer.name == "novelty" for layer in heights.layers)
 
-    Each with the shards of cube and map that it is summed from.
+
+def _shards(run: Run, cube: Template, heights: Template, year: int) -> list[Shard]:
+    """One a shard of the cube's heights, in the year that is judged.
+
+    Each with the shards of cube and map that it is summed from; the map may be cut otherwise.
     """
     read: dict[str, int | None] = {"embedding": year, "height": None}
     if any(layer.name == "prior" for layer in cube.layers):
         read["prior"] = None
     below = Made(cube, run.ledger("cube").done())
-    above = Made(cube, run.ledger("heights").done())
+    above = Made(heights, run.ledger("heights").done())
     return [
         Shard(
             shard.group,
@@ -87,10 +97,21 @@ def _shards(run: Run, cube: Template, year: int) -> list[Shard]:
             fingerprint(
                 below.inputs(shard.group, read, shard.region.expand(1))
                 + above.inputs(shard.group, {"height": year}, shard.region)
+                + _across(above, cube, shard, year)
             ),
         )
         for shard in cube.shards("height")
     ]
+
+
+def _across(above: Made, cube: Template, shard: Shard, year: int) -> list[str]:
+    """What the other zones' predictions were made from that a shard is compared with."""
+    grid, inputs = cube.grid(shard.group), []
+    for other in facing(cube.grids, grid):
+        seen = opposite(grid, shard.region, other)
+        found = above.inputs(other.name, {"height": year}, seen) if seen else []
+        inputs += found if any(found) else []  # grids overlap more widely than predictions
+    return inputs
 
 
 def execute(run: Run) -> Outcome:
@@ -118,17 +139,20 @@ def execute(run: Run) -> Outcome:
     edges = _height_edges(run, cube.template)
     heights = open_tree(run.heights)
     year = _judged_year(cube.template, checkpoint)
+    classes = {"slope": SLOPES, "height": edges}
+    if _tells_novelty(heights.template):
+        classes["novelty"] = NOVELTIES
+    recorded = {f"{name}_classes": _finite(ends) for name, ends in classes.items()}
     settings = {
         "heights": heights.identity,
         "checkpoint": checkpoint.digest,
         "cube": cube.identity,
         "split": split,
         "year": year,
-        "height_classes": list(edges),
-        "slope_classes": list(SLOPES),
+        **recorded,
     }
     found = ledger.settings()
-    if found is not None and found | {"height_classes": list(edges)} == settings != found:
+    if found is not None and found | recorded == settings != found:
         ledger.discard()  # later heights have moved the classes: the sums are made again
     ledger = ledger.begin(settings)
     task = SumUp(
@@ -141,11 +165,16 @@ def execute(run: Run) -> Outcome:
         ledger.key,
         edges,
     )
-    shards = _shards(run, cube.template, year)
+    shards = _shards(run, cube.template, heights.template, year)
     outcome = carry_out(run, "evaluate", ledger, shards, task)
     if not outcome.failed and (outcome.done or not run.report.exists("index.html")):
-        summarise(run, cube.template, year, shards, checkpoint, edges, SLOPES)
+        summarise(run, cube.template, heights.template, year, shards, checkpoint, classes)
     return outcome
+
+
+def _finite(edges: tuple[float, ...]) -> list[float]:
+    """JSON has no infinity: a class without an end is known by its beginning."""
+    return [edge for edge in edges if np.isfinite(edge)]
 
 
 def _whole_map(run: Run, cube: Tree) -> Checkpoint:
@@ -209,11 +238,12 @@ class SumUp:
         grid = cube.template.grid(shard.group)
         ground = _Ground.read(cube, heights, checkpoint, shard)
         sums: dict[str, Stats | Scatter] = dict(ground.tables())
-        for name, values, edges in (
-            ("slope", ground.slope, SLOPES),
-            ("height", ground.reference, self.height_edges),
-        ):
-            sums |= ground.classes(name, values, edges)
+        sums |= ground.classes("slope", ground.slope, SLOPES)
+        sums |= ground.classes("height", ground.reference, self.height_edges)
+        if ground.novelty is not None:
+            sums |= ground.classes("novelty", ground.novelty, NOVELTIES)
+        assert shard.year is not None
+        sums |= compare(heights, shard.group, shard.year, shard.region, ground.predicted)
         data = _pack(sums, ground, thin(grid.shape), shard.region)
         ledger = Ledger(Store(self.ledger))
         ledger.store.write(part_key(self.key, shard), data)
@@ -246,6 +276,8 @@ class _Ground:
     use: NDArray[np.uint8]
     slope: NDArray[np.float32]
     baselines: dict[str, NDArray[np.float32]]
+    novelty: NDArray[np.float32] | None
+    """None: the map does not tell."""
 
     @classmethod
     def read(cls, cube: Tree, heights: Tree, checkpoint: Checkpoint, shard: Shard) -> "_Ground":
@@ -268,6 +300,9 @@ class _Ground:
             cube.read(group, "split", None, region),
             slope(around, *_pixel(cube.template.grid(group), region)),
             baselines,
+            heights.read(group, "novelty", year, region)
+            if _tells_novelty(heights.template)
+            else None,
         )
 
     def tables(self) -> Iterator[tuple[str, Stats | Scatter]]:
@@ -339,6 +374,8 @@ def _pack(sums: dict[str, Stats | Scatter], ground: _Ground, every: int, region:
         "predicted": ground.predicted[rows, cols],
         "use": ground.use[rows, cols],
     }
+    if ground.novelty is not None:
+        arrays["novelty"] = ground.novelty[rows, cols]
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()

@@ -3,9 +3,12 @@
 import csv
 import io
 import json
+import math
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -13,16 +16,20 @@ from numpy.typing import NDArray
 
 from aeheight import embeddings
 from aeheight.errors import InputError
+from aeheight.figures import Maps
 from aeheight.metrics import Scatter, Stats, load, merge_tables
 from aeheight.models import Checkpoint
 from aeheight.patches import USES
 from aeheight.receipts import Ledger, versions
-from aeheight.report import Maps, Report, judged_split, render
+from aeheight.report import Prediction, Report, judged_split, render
+from aeheight.seams import SHARE
 from aeheight.sources import Sources
+from aeheight.steps.edges import pair_key
+from aeheight.steps.estimate import sessions
 from aeheight.steps.ingest import SOURCES
 from aeheight.steps.run import Run
 from aeheight.template import Shard, Template
-from aeheight.windows import Region, Shape
+from aeheight.windows import Lattice, Region, Shape
 
 SPLITS = (*USES, "all")
 REPORT = ("index.html", "metrics.json", "metrics.csv")
@@ -31,28 +38,31 @@ MAP_PIXELS = 600
 """The longer edge of a map in the report is at most this."""
 _ARCHITECTURES = {"ridge": "Ridge", "unet": "U-Net", "unetplusplus": "U-Net++"}
 
+_OF_A_REFERENCE = ("coverage", "r2", "pearson")
+"""Metrics that say nothing of two predictions."""
+
 Sums = Mapping[str, Stats | Scatter]
 
 
 def summarise(
     run: Run,
     cube: Template,
+    heights: Template,
     year: int,
     shards: Sequence[Shard],
     checkpoint: Checkpoint,
-    height_edges: tuple[float, ...],
-    slope_edges: tuple[float, ...],
+    classes: Mapping[str, tuple[float, ...]],
 ) -> None:
     """Merge the parts of all shards and write the report.
 
     Args:
         run: where to read the parts and write the report.
         cube: its template.
+        heights: the map's template.
         year: that is judged.
         shards: in the order of merging, which fixes the last bits of the moments.
         checkpoint: of the map.
-        height_edges: class edges in metres.
-        slope_edges: class edges in degrees.
+        classes: the edges of the classes of each criterion.
     """
     ledger = run.ledger("report").current()
     tables, pictures = [], []
@@ -61,13 +71,11 @@ def summarise(
         tables.append(load(arrays.pop("sums").tobytes()))
         pictures.append((shard, arrays))
     sums = merge_tables(tables)
-    metrics = _metrics(
-        run, cube, year, sums, checkpoint, {"slope": slope_edges, "height": height_edges}
-    )
+    metrics = _metrics(run, cube, year, sums, checkpoint, classes)
     text = json.dumps(metrics, indent=1, allow_nan=False)
     run.report.write("metrics.json", text.encode())
     run.report.write("metrics.csv", _csv(metrics))
-    page = render(_report(run, cube, sums, checkpoint, metrics, pictures))
+    page = render(_report(run, cube, heights, sums, checkpoint, metrics, pictures))
     run.report.write("index.html", page.encode())
 
 
@@ -101,15 +109,30 @@ def _metrics(
         "baselines": {name: _by_split(sums, name) for name in names},
         "by": {
             name: [
-                {"split": split, "lo": classes[k], "hi": classes[k + 1], **_summary(part)}
+                {"split": split, "lo": classes[k], "hi": _end(classes[k + 1]), **_summary(part)}
                 for split in SPLITS
                 for k in range(len(classes) - 1)
                 if (part := sums.get(f"{name}/{split}/{k}")) is not None
             ]
             for name, classes in edges.items()
         },
+        "zones": list(_zones(cube, sums)),
         "provenance": _provenance(run, cube, year, checkpoint),
     }
+
+
+def _end(edge: float) -> float | None:
+    """JSON has no infinity."""
+    return edge if math.isfinite(edge) else None
+
+
+def _zones(cube: Template, sums: Sums) -> Iterator[dict[str, Any]]:
+    """One row a pair of zones whose predictions meet; neither of them is a reference."""
+    for first, second in permutations([grid.name for grid in cube.grids], 2):
+        part = sums.get(pair_key(first, second))
+        if part is not None:
+            kept = {k: v for k, v in _summary(part).items() if k not in _OF_A_REFERENCE}
+            yield {"between": [first, second], **kept}
 
 
 def _by_split(sums: Sums, name: str) -> dict[str, Any]:
@@ -157,7 +180,8 @@ def _provenance(run: Run, cube: Template, year: int, checkpoint: Checkpoint) -> 
         | {"model": checkpoint.model.model_dump(mode="json")}
         | {"predict": (run.ledger("heights").settings() or {}).get("predict")},
         "versions": versions(),
-        "definitions": "d = predicted - reference; std with ddof 0; LE90 = P90 of |d|",
+        "definitions": "d = predicted - reference (between zones: first - second); std with ddof "
+        "0; LE90 = P90 of |d|",
     }
 
 
@@ -177,6 +201,7 @@ def _csv(metrics: Mapping[str, Any]) -> bytes:
 def _report(
     run: Run,
     cube: Template,
+    heights: Template,
     sums: Sums,
     checkpoint: Checkpoint,
     metrics: Mapping[str, Any],
@@ -188,6 +213,7 @@ def _report(
     assert isinstance(scatter, Scatter)
     kind = _ARCHITECTURES[checkpoint.model.architecture]
     network = f" ({checkpoint.model.encoder})" if checkpoint.weights else ""
+    cost, remarks = _told(run)
     return Report(
         name=run.settings.name,
         metrics=metrics,
@@ -196,8 +222,31 @@ def _report(
         scatter=scatter.dense(trim=0.0005) if stats.n else None,
         errors=stats.errors() if stats.n else None,
         history=checkpoint.history,
-        cost=_cost(run),
-        notes=_notes(run, checkpoint),
+        prediction=_prediction(run, heights, checkpoint, metrics["model"][judged]["rmse"]),
+        cost=cost,
+        notes=remarks + _notes(run, checkpoint),
+    )
+
+
+def _prediction(
+    run: Run, heights: Template, checkpoint: Checkpoint, rmse: float | None
+) -> Prediction | None:
+    """How the map was computed, from what its ledger says; None where that says too little."""
+    ledger = run.ledger("heights")
+    settings = (ledger.settings() or {}).get("predict") or {}
+    window, halo, blend = (settings.get(name) for name in ("window", "halo", "blend"))
+    if window is None or halo is None:
+        return None
+    lattices = {g.name: Lattice(g.shape, window, halo, blend or 0) for g in heights.grids}
+    shards = heights.shards("height")
+    windows = sum(lattices[shard.group].count(shard.region) for shard in shards)
+    return Prediction(
+        window_px=window,
+        halo_px=halo,
+        extra=windows * window**2 / sum(shard.region.size for shard in shards),
+        seams=checkpoint.seams,
+        limit=None if rmse is None else SHARE * rmse,
+        sessions=sessions(ledger.store),
     )
 
 
@@ -217,6 +266,8 @@ def _maps(
         "predicted": np.full(shape, np.nan, np.float32),
         "use": np.zeros(shape, np.uint8),
     }
+    if any("novelty" in thinned for _, thinned in pictures):
+        whole["novelty"] = np.full(shape, np.nan, np.float32)
     for shard, thinned in pictures:
         if shard.group != group:
             continue
@@ -235,23 +286,30 @@ def _maps(
         predicted=whole["predicted"],
         difference=whole["predicted"] - whole["reference"],
         split=whole["use"],
+        novelty=whole.get("novelty"),
     )
 
 
-def _cost(run: Run) -> dict[str, dict[str, float | None]]:
-    """Worker seconds and pixels a worker second of each step, from the receipts."""
+def _told(run: Run) -> tuple[dict[str, dict[str, float | None]], list[str]]:
+    """What each step cost, and what its workers remarked, from the receipts.
+
+    The seconds are those of tasks; a worker has two at hand, so they are more than its own.
+    """
     cost: dict[str, dict[str, float | None]] = {}
+    remarks: Counter[str] = Counter()
     for step, ledger in (("ingest", "cube"), ("predict", "heights"), ("evaluate", "report")):
         current = run.ledger(ledger).current()
-        receipts = list(current.receipts(current.done()))
-        seconds = sum(receipt.seconds for receipt in receipts)
-        pixels = sum(receipt.pixels for receipt in receipts)
+        shards, pixels, seconds = 0, 0, 0.0
+        for receipt in current.receipts(current.done()):
+            shards, pixels = shards + 1, pixels + receipt.pixels
+            seconds += receipt.seconds
+            remarks.update(receipt.remarks)
         cost[step] = {
-            "shards": len(receipts),
-            "worker_seconds": round(seconds, 1),
-            "pixels_per_worker_second": round(pixels / seconds) if seconds else None,
+            "shards": shards,
+            "task_seconds": round(seconds, 1),
+            "pixels_per_task_second": round(pixels / seconds) if seconds else None,
         }
-    return cost
+    return cost, [f"{remark} ({count} shards)." for remark, count in sorted(remarks.items())]
 
 
 def _notes(run: Run, checkpoint: Checkpoint) -> list[str]:
