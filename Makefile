@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint format clean help
+.PHONY: demo test bench-predict lint format clean help
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -15,6 +15,11 @@ demo: $(READY)  ## a made-up world to a height map and its report, in runs/demo
 
 test: $(READY)  ## all tests, with coverage of the library
 	$(BIN)/python -m pytest --cov --cov-report=term
+
+bench-predict: $(READY)  ## prediction beside its bounds: the bare network, map_overlap, a million shards
+	$(BIN)/python -m tests.benchmarks.predict
+	$(BIN)/python -m tests.benchmarks.overlap
+	$(BIN)/python -m tests.benchmarks.scale
 
 lint: $(READY)  ## style, types, and which module may import which
 	$(BIN)/ruff check .

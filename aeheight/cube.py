@@ -79,10 +79,9 @@ class Tree:
         """
         spec = self.template.layer(layer)
         shape = (len(spec.bands),) * bool(spec.bands) + region.shape
-        out = np.full(shape, spec.nodata, dtype=spec.dtype)
         inside = region.intersect(whole(self.template.grid(group).shape))
         if inside is None:
-            return out
+            return np.full(shape, spec.nodata, dtype=spec.dtype)
         index = self._index(spec, year, inside)
         try:
             with plain_errors(f"read {self.store.uri}/{group}/{layer}"):
@@ -95,6 +94,10 @@ class Tree:
                 f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
                 "run `aeheight verify` to find what is damaged"
             ) from error
+        if inside == region:
+            found: NDArray[Any] = np.asarray(values)
+            return found
+        out = np.full(shape, spec.nodata, dtype=spec.dtype)
         out[(..., *inside.within(region).slices)] = values
         return out
 

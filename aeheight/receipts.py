@@ -73,6 +73,10 @@ class Receipt:
     """From first read to written."""
     inputs: str = ""
     """`Shard.inputs`: fingerprint of what it was made from."""
+    further: Mapping[str, str] = field(default_factory=dict)
+    """Checksums of the layers that were written with it, by name."""
+    remarks: tuple[str, ...] = ()
+    """What a user should know of how it was made."""
     versions: Mapping[str, str] = field(default_factory=versions)
     format: int = FORMAT
 
@@ -176,7 +180,7 @@ class Ledger:
         wanted = json.loads(json.dumps(settings))
         found = self.settings()
         changed = [] if found is None else differences(found, wanted)
-        if changed and (bool(self.done()) if made is None else made):
+        if changed and (self._any() if made is None else made):
             self.refuse(changed, "run that step with --overwrite")
         if found is None or changed:
             self.store.write(_SETTINGS, json.dumps(wanted, indent=1, sort_keys=True).encode())
@@ -194,10 +198,11 @@ class Ledger:
             InputError: something was made with other settings; shows what differs.
         """
         found = self.settings()
-        if found is None or not (bool(self.done()) if made is None else made):
+        if found is None:
             return
         wanted = json.loads(json.dumps(settings))
-        if changed := differences({key: found.get(key) for key in wanted}, wanted):
+        changed = differences({key: found.get(key) for key in wanted}, wanted)
+        if changed and (self._any() if made is None else made):
             self.refuse(changed, f"run aeheight {step} --overwrite")
 
     def refuse(self, changed: list[str], remedy: str) -> NoReturn:
@@ -236,6 +241,9 @@ class Ledger:
         for name, inputs in self._entries():
             found.setdefault(name, []).append(inputs)
         return {name: inputs[0] for name, inputs in found.items() if len(inputs) == 1}
+
+    def _any(self) -> bool:
+        return next(self._entries(), None) is not None
 
     def _entries(self) -> Iterator[tuple[str, str]]:
         """Name and inputs of every receipt."""
@@ -307,7 +315,7 @@ class Ledger:
                 f"the receipt {entry} has format {found.get('format')}, this version reads "
                 f"{FORMAT}; use the version that made it, or --overwrite"
             )
-        return Receipt(**found)
+        return Receipt(**found | {"remarks": tuple(found.get("remarks", ()))})
 
     def forget(self, names: Collection[str]) -> None:
         """Remove every receipt of some shards, so that they are made again."""
@@ -353,11 +361,14 @@ def inspect(tree: Tree, ledger: Ledger, shard: Shard) -> Receipt:
     """
     ledger = ledger.current()
     receipt = ledger._load(ledger._entry(shard.name, shard.inputs))
-    found = checksum(tree.read(shard.group, shard.layer, shard.year, shard.region))
-    if found != receipt.checksum:
-        if receipt.valid and not tree.store.exists(tree.key(shard)):
-            raise OSError(f"{tree.key(shard)} is missing")
-        raise OSError(f"checksum {found}, not {receipt.checksum}")
+    for layer, expected in {shard.layer: receipt.checksum, **receipt.further}.items():
+        found = checksum(tree.read(shard.group, layer, shard.year, shard.region))
+        if found == expected:
+            continue
+        key = tree.key(replace(shard, layer=layer))
+        if receipt.valid and not tree.store.exists(key):
+            raise OSError(f"{key} is missing")
+        raise OSError(f"{key}: checksum {found}, not {expected}")
     return receipt
 
 

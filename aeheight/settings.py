@@ -19,6 +19,7 @@ Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Bounds = tuple[float, float, float, float]
+Device = Literal["auto", "cpu", "gpu"]
 Hrefs = str | Annotated[list[str], Field(min_length=1)]
 
 
@@ -155,16 +156,26 @@ class ModelSettings(_Settings):
 
 
 class PredictSettings(_Settings):
-    """How a region is covered by the network's windows."""
+    """How a region is covered by the network's windows, and what runs the network."""
 
-    window: Positive = 1152
-    """Edge of a window in pixels."""
-    halo: Natural = 64
-    """Pixels cut from every side of a window's result."""
+    window: Positive | None = None
+    """Edge of a window in pixels; None: the halo around `shard`, or where that is None too around
+    1024 px, or 2048 where the halo would make that more than 1.35 times the area."""
+    halo: Natural | None = None
+    """Pixels cut from every side of a window's result; None: what training measured to suffice."""
     blend: Natural = 0
     """Pixels over which neighbouring windows are blended; 0 is a plain crop."""
     batch: Positive = 1
     """Windows in one forward pass; always filled, so that results do not depend on the cut."""
+    shard: Positive | None = None
+    """Edge of a shard of the map; None: `cube.shard`, or a window's kept core where that is more,
+    so that nothing is computed twice."""
+    novelty: bool = True
+    """Tell beside each height how far its embedding is from those that were trained on."""
+    device: Device = "auto"
+    """`auto`: GPUs where workers have them; `gpu` refuses to begin without one."""
+    precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Of the network but its last layer; `auto` is float16 on a GPU, float32 on a CPU."""
 
 
 class RegionSettings(_Settings):

@@ -20,13 +20,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aeheight.embeddings import BANDS, valid
+from aeheight import novelty
+from aeheight.embeddings import BANDS
 from aeheight.errors import InputError
 from aeheight.metrics import Stats, merge
-from aeheight.models import STRIDE, Base, Checkpoint, HeightModel, Provenance
+from aeheight.models import Base, Checkpoint, HeightModel, Provenance
+from aeheight.novelty import Sample
 from aeheight.patches import TRAIN, VALIDATION, Patch
 from aeheight.ridge import Ridge, RidgeSums
+from aeheight.seams import Seams, measure
 from aeheight.settings import ModelSettings
+from aeheight.windows import STRIDE
 
 Record = dict[str, float]
 """What an epoch reached; epoch 0 is the base alone.
@@ -37,6 +41,9 @@ An epoch whose numbers were not finite has `diverged` instead, and is the last.
 """
 
 _SMALLEST_SCALE: Final = 1e-3
+_SQUARE: Final = 640
+"""Edge in pixels of the squares that seams are measured on: they tell halos of up to 288 px."""
+_SQUARES: Final = 4
 _LAST_LEARNING_RATE: Final = 0.01
 
 _log = logging.getLogger(__name__)
@@ -53,6 +60,9 @@ class Ground(Protocol):
 
     def validation(self) -> Sequence[Any]:
         """Spots of patches that cover every validation pixel once, without overlap."""
+
+    def squares(self, edge: int, count: int) -> Sequence[Any]:
+        """Spots of up to `count` squares of up to `edge` px, to measure seams on; may be none."""
 
     def read(self, spot: Any) -> Patch:
         """The patch of a spot: square, its edge a multiple of 32 px."""
@@ -83,7 +93,7 @@ def fit(
     """
     if settings.architecture == "ridge":
         base = "ridge"
-    survey = _survey(ground, with_prior=base == "prior")
+    survey = _survey(ground, base == "prior", settings.seed)
     ridge = survey.sums.solve(settings.ridge_alpha)
     target = survey.target(base, ridge)
     with torch.random.fork_rng():
@@ -94,6 +104,7 @@ def fit(
             _train(model, ground, settings, target, journal)
         else:
             journal.note(model, {"train_rmse": target.rmse}, validate(model, ground, 1))
+    seams = _measured_seams(model, ground, journal.weights)
     return Checkpoint(
         model=settings,
         base=base,
@@ -102,7 +113,31 @@ def fit(
         weights=journal.weights,
         provenance=provenance,
         history=tuple(journal.history),
+        novelty=novelty.fit(survey.training, survey.validation, settings.seed),
+        seams=seams,
     )
+
+
+def _measured_seams(
+    model: HeightModel, ground: Ground, weights: Mapping[str, Tensor]
+) -> Seams | None:
+    """What a crop of a halo leaves with these weights; None where there is nothing to measure."""
+    spots = ground.squares(_SQUARE, _SQUARES)
+    if model.network is None or not weights or not spots:
+        return None
+    model.network.load_state_dict(weights)
+    model.eval()
+
+    def heights(codes: NDArray[np.int8], prior: NDArray[np.float32] | None) -> NDArray[np.float32]:
+        given = None if prior is None else torch.tensor(prior, device=model.device)
+        # In full precision: what a GPU's TF32 rounds is more than a seam.
+        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+            result = model(torch.tensor(codes, device=model.device), given)
+        found: NDArray[np.float32] = result.cpu().numpy()
+        return found
+
+    patches = (ground.read(spot) for spot in spots)
+    return measure(heights, ((patch.codes, patch.prior) for patch in patches))
 
 
 def validate(model: HeightModel, ground: Ground, batch: int) -> Stats:
@@ -153,6 +188,10 @@ class _Survey:
     """Of all training pixels with an embedding and a reference."""
     prior: Stats
     """Errors of the prior on those that have one; empty where it is not needed."""
+    training: Sample
+    """Of those pixels."""
+    validation: Sample
+    """Of all validation pixels with an embedding and a reference."""
 
     def target(self, base: Base, ridge: Ridge) -> _Target:
         """What is left of the heights when the base is taken off."""
@@ -169,18 +208,21 @@ class _Survey:
         return _Target(-self.prior.mean_difference, spread)
 
 
-def _survey(ground: Ground, with_prior: bool) -> _Survey:
+def _survey(ground: Ground, with_prior: bool, seed: int) -> _Survey:
+    training, validation = Sample(seed), Sample(seed)
     sums = RidgeSums.of(np.empty((BANDS, 0), np.int8), np.empty(0, np.float32))
     prior = Stats.zero()
     for patch in ground.sweep():
-        there = (patch.use == TRAIN) & valid(patch.codes) & np.isfinite(patch.height)
+        there = patch.usable(TRAIN)
         sums += RidgeSums.of(patch.codes[:, there], patch.height[there])
+        training.add(patch.codes[:, there])
+        validation.add(patch.codes[:, patch.usable(VALIDATION)])
         if with_prior and patch.prior is not None:
             known = np.isfinite(patch.prior)
             prior += Stats.of(
                 patch.prior, patch.height, reference_valid=there, predicted_valid=known
             )
-    return _Survey(sums, prior)
+    return _Survey(sums, prior, training, validation)
 
 
 class _Batch(NamedTuple):

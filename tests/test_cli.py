@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -70,6 +72,30 @@ def test_json_is_json_line_by_line(aeheight, regions, scheduler):
     result = aeheight("ingest", region.path, "--json", "--set", "cube.shard=128")
     assert result.code == 2
     assert "cube.shard" in json.loads(result.err)["error"] or "cut.shard" in result.err
+
+
+def test_the_dashboard_is_named_before_the_work(aeheight, regions):
+    region = regions.write("watched", height=None, prior=None)
+    result = aeheight("ingest", region.path, "--workers", "1")
+    assert result.code == 0
+    assert re.search(r"^dashboard http://127\.0\.0\.1:\d+/status", result.err, re.MULTILINE)
+    result = aeheight("ingest", region.path, "--workers", "1", "--overwrite", "--json")
+    assert result.code == 0
+    said = [json.loads(line) for line in result.err.splitlines()]
+    assert said[0]["dashboard"].startswith("http://127.0.0.1:")
+    assert said[-1]["left"] == 0
+
+
+def test_a_port_for_metrics_that_is_taken(aeheight, regions):
+    region = regions.write("watched")
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = aeheight("ingest", region.path, "--metrics-port", str(port))
+    assert result.code == 2
+    one_message(result.err, f"port {port}", "--metrics-port")
+    assert not region.store.exists()
 
 
 def test_two_drivers_at_once(aeheight, small_run):
@@ -202,6 +228,9 @@ def test_a_raster_that_is_no_tile_is_refused(kind, words, aeheight, regions):
         (("run",), "REGION.yaml"),
         (("run", "x.yaml", "--workers", "none"), "'none' is no whole number above 0"),
         (("run", "x.yaml", "--workers", "0"), "'0' is no whole number above 0"),
+        (("run", "x.yaml", "--gpus", "-1"), "'-1' is no whole number"),
+        (("verify", "x.yaml", "--metrics-port", "65536"), "'65536' is no port"),
+        (("run", "x.yaml", "--metrics-port", "0"), "'0' is no port"),
         (("status", "x.yaml"), "cannot read the region file x.yaml"),
     ],
 )
@@ -292,5 +321,6 @@ def test_help_names_every_verb_and_option(aeheight):
     assert all(verb in aeheight("--help").out for verb in (*STEPS, "run", "status", "verify"))
     shown = aeheight("run", "--help").out
     options = ("--plan", "--overwrite", "--set", "--json", "--workers", "--scheduler")
-    assert all(option in shown for option in (*options, "--checkpoint"))
+    options += ("--checkpoint", "--gpus", "--metrics-port")
+    assert all(option in shown for option in options)
     assert aeheight("--version").out.startswith("aeheight ")

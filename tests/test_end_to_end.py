@@ -59,7 +59,9 @@ def test_the_trees_are_as_promised(name, small_run, world):
             "prior": (("y", "x"), "float32", "NaN"),
             "split": (("y", "x"), "uint8", 0),
         },
-        "heights.zarr": {"height": (("time", "y", "x"), "float32", "NaN")},
+        "heights.zarr": dict.fromkeys(
+            ("height", "novelty"), (("time", "y", "x"), "float32", "NaN")
+        ),
     }[name]
     with xr.open_datatree(small_run.store / name, engine="zarr") as tree:
         assert not tree.dataset.data_vars
@@ -194,7 +196,8 @@ def test_metrics_are_those_of_numpy_on_whole_arrays(small_run):
 
 def test_metrics_json_has_the_contracts_form(small_run):
     metrics = small_run.metrics()
-    assert set(metrics) == {"model", "baselines", "by", "provenance"}
+    assert set(metrics) == {"model", "baselines", "by", "zones", "provenance"}
+    assert metrics["zones"] == []
     rows = [
         row
         for table in (metrics["model"], *metrics["baselines"].values())
@@ -205,8 +208,8 @@ def test_metrics_json_has_the_contracts_form(small_run):
         assert all(
             v is None or (isinstance(v, int | float) and math.isfinite(v)) for v in row.values()
         )
-    assert set(metrics["by"]) == {"slope", "height"}
-    for row in metrics["by"]["slope"] + metrics["by"]["height"]:
+    assert set(metrics["by"]) == {"slope", "height", "novelty"}
+    for row in (row for rows in metrics["by"].values() for row in rows):
         assert set(row) == METRICS | {"split", "lo", "hi"}
     provenance = metrics["provenance"]
     assert provenance["reference"]["surface"] == "dsm"

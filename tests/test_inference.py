@@ -1,6 +1,7 @@
 """One region of a map against the whole map, made the plain way: the same to the last bit."""
 
 import tracemalloc
+from concurrent.futures import Future
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +13,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from aeheight.embeddings import BANDS, NODATA, valid
 from aeheight.inference import predict_region
-from aeheight.models import Checkpoint, Predictor, Provenance, build
+from aeheight.models import Checkpoint, Provenance, build
+from aeheight.predictor import Predictor
 from aeheight.ridge import Ridge
 from aeheight.settings import ModelSettings
 from aeheight.windows import Lattice, Region, tile, whole
@@ -91,9 +93,21 @@ def whole_map(model, lattice, world, *, prior=False):
     return (total[core] / weight[core]).astype(np.float32)
 
 
+def deferred(model):
+    """As a predictor gives it: one layer, the middle of every window, later."""
+
+    def submit(codes, prior, halo):
+        middle = slice(halo, codes.shape[-1] - halo)
+        coming = Future()
+        coming.set_result(model(codes, prior)[None, :, middle, middle])
+        return coming
+
+    return getattr(model, "submit", submit)
+
+
 def predict(model, lattice, region, world, batch=3, *, prior=False):
     reader = world.read_prior if prior else None
-    return predict_region(model, lattice, region, batch, world.read_codes, reader)
+    return predict_region(deferred(model), lattice, region, batch, world.read_codes, reader)[0]
 
 
 def pieced_together(parts, shape, predicted):
@@ -264,7 +278,7 @@ def peak_bytes(edge, batch):
     region = Region(edge // 2 // 48 * 48, edge // 2 // 48 * 48, 128, 128)
     tracemalloc.start()
     predict_region(
-        lambda codes, _: codes[:, 0].astype(np.float32),
+        deferred(lambda codes, _: codes[:, 0].astype(np.float32)),
         lattice,
         region,
         batch,

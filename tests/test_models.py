@@ -16,25 +16,12 @@ from aeheight.errors import InputError
 from aeheight.models import (
     Checkpoint,
     HeightModel,
-    Predictor,
-    Provenance,
     build,
 )
+from aeheight.predictor import Predictor
 from aeheight.ridge import Ridge, RidgeSums
 from aeheight.settings import ModelSettings
-
-UNET = ModelSettings(architecture="unet")
-RIDGE = ModelSettings(architecture="ridge")
-PROVENANCE = Provenance(
-    cube="a1b2",
-    split="c3d4",
-    surface="dsm",
-    vertical_datum="EPSG:5773",
-    years=(2021, 2022),
-    embedding_version="AlphaEarth Foundations v1",
-    code_version="0.1.0",
-)
-HISTORY = ({"epoch": 0, "validation_rmse": 0.1 + 0.2}, {"epoch": 1, "validation_rmse": 1 / 3})
+from tests.checkpoints import HISTORY, PROVENANCE, UNET, checkpoint_of, codes_of, some_ridge
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -43,19 +30,6 @@ def _two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
-
-
-def codes_of(*shape, seed=0):
-    return np.random.default_rng(seed).integers(-127, 128, shape, dtype=np.int8)
-
-
-def some_ridge(seed=0):
-    return Ridge(np.random.default_rng(seed).normal(size=BANDS) * 30, 12.5, 7.25, 1000)
-
-
-def checkpoint_of(model=RIDGE, base="ridge", weights=None, **changes):
-    whole = Checkpoint(model, base, some_ridge(), 4.0, weights or {}, PROVENANCE, HISTORY)
-    return replace(whole, **changes)
 
 
 def small_checkpoint():
@@ -67,18 +41,6 @@ def small_checkpoint():
         "norm.num_batches_tracked": torch.tensor(17),
     }
     return checkpoint_of(UNET, "prior", weights)
-
-
-@pytest.fixture(scope="module")
-def wild_weights():
-    """A U-Net's state whose head is not zero: what a trained network looks like."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = build(UNET)
-        with torch.no_grad():
-            for parameter in network.segmentation_head.parameters():
-                parameter.normal_()
-    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
 
 # --- ridge -------------------------------------------------------------------------------------
@@ -289,7 +251,7 @@ def test_what_is_no_checkpoint_is_refused(data):
 
 def test_an_unknown_format_is_named():
     content = torch.load(io.BytesIO(DATA), weights_only=True)
-    with pytest.raises(InputError, match="format 99, and this aeheight reads 1"):
+    with pytest.raises(InputError, match="format 99, and this aeheight reads 1 and 2:"):
         Checkpoint.from_bytes(saved(content | {"format": 99}))
 
 
@@ -328,110 +290,12 @@ def test_an_encoder_that_cannot_be_made_is_bad_input():
         build(ModelSettings(encoder="tu-zzz"))
 
 
-# --- predictor ---------------------------------------------------------------------------------
-
-
-def scene(n=2, edge=64):
-    """Codes with gaps and a prior with other gaps."""
-    rng = np.random.default_rng(5)
-    codes = codes_of(n, BANDS, edge, edge, seed=6)
-    no_code = rng.random((n, edge, edge)) < 0.1
-    codes.transpose(0, 2, 3, 1)[no_code] = NODATA
-    prior = rng.normal(300, 50, (n, edge, edge)).astype(np.float32)
-    no_prior = rng.random((n, edge, edge)) < 0.1
-    prior[no_prior] = np.nan
-    return codes, prior, no_code, no_prior
-
-
-def base_of(base, codes, prior):
-    ridge = some_ridge()
-    if base == "ridge":
-        return np.stack([ridge.predict(sample) for sample in codes])
-    return prior if base == "prior" else np.full_like(prior, ridge.mean)
-
-
-@pytest.mark.parametrize("base", ["none", "ridge", "prior"])
-def test_prediction_is_base_plus_scaled_network_and_nan_where_declared(base, wild_weights):
-    codes, prior, no_code, no_prior = scene()
-    network = build(UNET).eval()
-    network.load_state_dict(wild_weights)
-    with torch.inference_mode():
-        values = torch.from_numpy(decode(codes, nodata=0.0))
-        output = network(values)[:, 0].numpy()
-    predictor = Predictor(checkpoint_of(UNET, base, wild_weights))
-    heights = predictor(codes, prior)
-    missing = no_code | no_prior if base == "prior" else no_code
-    np.testing.assert_array_equal(np.isnan(heights), missing)
-    expected = base_of(base, codes, prior) + 4.0 * output
-    assert np.abs(output).mean() > 0.1
-    np.testing.assert_allclose(heights[~missing], expected[~missing], rtol=1e-4, atol=1e-3)
-    assert heights.dtype == np.float32
-    assert (predictor.stride, predictor.needs_prior) == (32, base == "prior")
-
-
-@pytest.mark.parametrize("base", ["none", "ridge", "prior"])
-def test_an_untrained_model_is_its_base_to_the_bit(base):
-    codes, prior, no_code, _ = scene()
-    weights = build(UNET).state_dict()
-    heights = Predictor(checkpoint_of(UNET, base, weights))(codes, prior)
-    expected = np.where(no_code, np.nan, base_of(base, codes, prior)).astype(np.float32)
-    np.testing.assert_array_equal(heights, expected)
-
-
-@pytest.mark.parametrize("architecture", ["unet", "unetplusplus"])
-def test_a_sample_keeps_its_bits_whatever_its_companions(architecture, wild_weights):
-    model = ModelSettings(architecture=architecture)
-    weights = wild_weights
-    if architecture == "unetplusplus":
-        network = build(model)
-        torch.nn.init.normal_(network.segmentation_head[0].weight)
-        weights = network.state_dict()
-    predictor = Predictor(checkpoint_of(model, "ridge", weights))
-    codes = codes_of(4, BANDS, 96, 96)
-    together = predictor(codes)
-    for index in range(4):
-        others = np.full_like(codes, NODATA)
-        others[index] = codes[index]
-        np.testing.assert_array_equal(predictor(others)[index], together[index])
-
-
-def test_the_ridge_takes_any_window_and_ignores_a_prior():
-    codes, prior, *_ = scene(edge=13)
-    predictor = Predictor(checkpoint_of(RIDGE, "prior"))
-    assert (predictor.stride, predictor.needs_prior) == (1, False)
-    np.testing.assert_array_equal(predictor(codes, prior), base_of("ridge", codes, prior))
-
-
-def test_arrays_that_cannot_be_written_or_are_strided_are_read():
-    codes = codes_of(1, BANDS, 16, 32)
-    codes.flags.writeable = False
-    predictor = Predictor(checkpoint_of())
-    np.testing.assert_array_equal(predictor(codes[:, :, ::-1]), predictor(codes)[:, ::-1])
-
-
 def test_an_offset_moves_the_untrained_network():
     model = HeightModel(UNET, "prior", some_ridge(), 4.0).eval()
     model.start_at(-3.0)
-    codes, prior, *_ = scene(n=1)
+    codes = codes_of(1, BANDS, 64, 64, seed=6)
+    prior = np.random.default_rng(5).normal(300, 50, (1, 64, 64)).astype(np.float32)
     with torch.inference_mode():
         heights = model(torch.from_numpy(codes), torch.from_numpy(prior)).numpy()
     there = np.isfinite(heights)
     np.testing.assert_allclose(heights[there], prior[there] - 3, rtol=1e-6)
-
-
-def test_wrong_input_is_named(wild_weights):
-    predictor = Predictor(checkpoint_of(UNET, "prior", wild_weights))
-    codes, prior, *_ = scene()
-    with pytest.raises(InputError, match="takes 64 bands, and the codes have 63"):
-        predictor(codes[:, 1:], prior)
-    with pytest.raises(InputError, match=r"window of 33x64 px.*multiples of 32"):
-        predictor(codes[:, :, :33], prior[:, :33])
-    with pytest.raises(InputError, match=r"none was given.*add `prior`"):
-        predictor(codes)
-    with pytest.raises(InputError, match=r"one of shape \(2, 32, 64\) was given"):
-        predictor(codes, prior[:, :32])
-
-
-def test_weights_of_another_network_are_named(wild_weights):
-    with pytest.raises(InputError, match="do not fit unetplusplus with resnet18"):
-        Predictor(checkpoint_of(ModelSettings(), "none", wild_weights))

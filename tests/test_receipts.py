@@ -102,7 +102,7 @@ def receipt_of_again(ledger: Ledger, shard: Shard) -> receipts.Receipt:
     """The same receipt but for the seconds, which are a clock's."""
     found = ledger.receipt(shard.name)
     fresh = receipt_of(shard)
-    return receipts.Receipt(**{**as_dict(fresh), "seconds": found.seconds})
+    return receipts.Receipt(**{**as_dict(fresh), "seconds": found.seconds, "remarks": ()})
 
 
 def as_dict(receipt: receipts.Receipt) -> dict[str, object]:

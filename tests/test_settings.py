@@ -96,12 +96,6 @@ def test_every_default_would_be_accepted_if_it_were_given(form):
     assert form.model_validate(json.loads(json.dumps(form().model_dump(mode="json")))) == form()
 
 
-def test_the_default_windows_fit_the_network_and_the_default_shard():
-    predict, cube = PredictSettings(), CubeSettings()
-    stride = predict.window - 2 * predict.halo - predict.blend
-    assert predict.window % 32 == stride % 32 == cube.shard % stride == 0
-
-
 @pytest.mark.parametrize(
     ("key", "values"),
     [

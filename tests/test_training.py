@@ -9,8 +9,9 @@ import torch
 
 from aeheight.embeddings import NODATA, encode, valid
 from aeheight.errors import InputError
-from aeheight.models import Predictor, Provenance
+from aeheight.models import Provenance
 from aeheight.patches import TEST, TRAIN, UNUSED, VALIDATION, Patch
+from aeheight.predictor import Predictor
 from aeheight.ridge import RidgeSums
 from aeheight.settings import ModelSettings
 from aeheight.training import fit
@@ -58,6 +59,9 @@ class Arrays:
 
     def tiles(self):
         return [(row, col) for row in range(0, EDGE, PATCH) for col in range(0, EDGE, PATCH)]
+
+    def squares(self, edge, count):
+        return []
 
     def validation(self):
         return [spot for spot in self.tiles() if (self.read(spot).use == VALIDATION).any()]

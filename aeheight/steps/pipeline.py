@@ -54,21 +54,22 @@ def _check(run: Run, steps: Sequence[str]) -> None:
         import_module("aeheight.models").build(run.settings.model)
         _step("split").split_settings(run.settings)
         if "predict" in steps and run.settings.model.architecture != "ridge":
-            _step("predict").check_windows(run.settings.predict)
+            _step("cover").check_windows(run.settings.predict)
 
 
 def show_plans(run: Run, steps: Sequence[str], say: Say) -> int:
     """Print the plan of every step, as far as what it needs is there."""
     _check(run, steps)
-    for number, step in enumerate(steps):
-        try:
-            plan = _step(step).plan(run)
-        except NotYetError as error:
-            if number == 0:
-                raise
-            say({"step": step, "waits": str(error)}, [step, f"  not yet: {error}"])
-            continue
-        say({"step": step, **plan.facts}, plan.lines())
+    with run.connection:
+        for number, step in enumerate(steps):
+            try:
+                plan = _step(step).plan(run)
+            except NotYetError as error:
+                if number == 0:
+                    raise
+                say({"step": step, "waits": str(error)}, [step, f"  not yet: {error}"])
+                continue
+            say({"step": step, **plan.facts}, plan.lines())
     return 0
 
 

@@ -1,7 +1,8 @@
 """Predict: the cube and a checkpoint to a map of heights, one shard a task."""
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -12,15 +13,17 @@ from aeheight.cluster import Outcome
 from aeheight.cube import Tree, create, open_tree, remove_tree
 from aeheight.embeddings import BANDS
 from aeheight.errors import InputError
-from aeheight.inference import predict_region
-from aeheight.models import STRIDE, Checkpoint, Predictor, best_device
+from aeheight.models import Checkpoint
+from aeheight.predictor import Predictor
 from aeheight.receipts import Ledger, Receipt, receipt_for
 from aeheight.settings import PredictSettings, fingerprint
+from aeheight.steps.cover import compute, lattice, predictor_for, settled, template
+from aeheight.steps.estimate import Pace, Session, pace, remember
 from aeheight.steps.run import Made, Plan, Run, carry_out
 from aeheight.steps.train import load_checkpoint
 from aeheight.store import Store
-from aeheight.template import Layer, Shard, Template
-from aeheight.windows import Lattice, Region, Shape
+from aeheight.template import Shard, Template
+from aeheight.windows import Region
 
 MODEL = "model.ckpt"
 """The checkpoint a map was made with, kept beside its receipts, where every worker can read it."""
@@ -28,135 +31,138 @@ MODEL = "model.ckpt"
 _NETWORK_BYTES_PER_PIXEL = 2_100
 """One pixel of one window at the peak of a U-Net++ with ResNet-18 in float32: measured 1,600 to
 2,010 on windows of 256 to 1024 px (a U-Net: 1,030)."""
-
-
+_TASKS = 2
+"""Tasks that a worker of this machine has at hand: one computes, one reads or writes."""
+_WORTH_TIMING = 16
+"""Batches: with fewer to go, timing a few first would cost more than it tells."""
 _SCALE_LIMIT = 1.5
 """A model is used on pixels at most this much larger or smaller than those it was trained on."""
 
 
-def lattice(settings: PredictSettings, shape: Shape) -> Lattice:
-    """The windows over a whole grid."""
-    return Lattice(shape, settings.window, settings.halo, settings.blend)
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What is to be predicted, with what."""
 
+    cube: Tree
+    checkpoint: Checkpoint
+    settings: PredictSettings
+    """With window, halo and shard as numbers."""
+    template: Template
+    """Of the map."""
 
-def template(cube: Template, checkpoint: Checkpoint) -> Template:
-    """The map of a cube, before its first pixel."""
-    about = {
-        "long_name": "predicted height",
-        "standard_name": "surface_altitude",
-        "units": "m",
-        "surface": checkpoint.provenance.surface,
-        "vertical_datum": checkpoint.provenance.vertical_datum,
-        "checkpoint": checkpoint.digest,
-    }
-    height = Layer("height", "float32", np.nan, timed=True, attributes=about)
-    title = cube.title.replace("cube", "heights", 1)
-    return replace(cube, layers=(height,), title=title)
+    @classmethod
+    def of(cls, run: Run) -> "_Work":
+        """Of a run, checked.
 
+        Raises:
+            InputError: no cube, no checkpoint, or a model that does not fit the region.
+        """
+        cube, checkpoint = run.whole_cube(), load_checkpoint(run)
+        settings = settled(run.settings.predict, checkpoint, cube.template)
+        work = cls(cube, checkpoint, settings, template(cube.template, checkpoint, settings))
+        work._check()
+        return work
 
-def _shards(run: Run, cube: Tree, made: Template, checkpoint: Checkpoint) -> list[Shard]:
-    """Every shard of the map, with the cube's shards that its windows see."""
-    below = Made(cube.template, run.ledger("cube").done())
-    lattices = {grid.name: lattice(run.settings.predict, grid.shape) for grid in made.grids}
-    return [
-        replace(
-            shard,
-            inputs=fingerprint(
-                below.inputs(
-                    shard.group,
-                    {"embedding": shard.year}
-                    | ({"prior": None} if checkpoint.base == "prior" else {}),
-                    lattices[shard.group].hull(shard.region),
-                )
-            ),
-        )
-        for shard in made.shards("height")
-    ]
+    def begun_with(self) -> dict[str, Any]:
+        """All that the map depends on."""
+        return {
+            "predict": self.settings.model_dump(mode="json"),
+            "checkpoint": self.checkpoint.digest,
+            "cube": self.cube.identity,
+        }
+
+    def shards(self, run: Run) -> list[Shard]:
+        """Every shard of the map, with the cube's shards that its windows see."""
+        below = Made(self.cube.template, run.ledger("cube").done())
+        lattices = {grid.name: lattice(self.settings, grid.shape) for grid in self.template.grids}
+        static: dict[str, int | None] = {"prior": None} if self.checkpoint.base == "prior" else {}
+        return [
+            replace(
+                shard,
+                inputs=fingerprint(
+                    below.inputs(
+                        shard.group,
+                        {"embedding": shard.year} | static,
+                        lattices[shard.group].hull(shard.region),
+                    )
+                ),
+            )
+            for shard in self.template.shards("height")
+        ]
+
+    def windows(self, shard: Shard) -> int:
+        """How many windows a shard takes."""
+        shape = self.template.grid(shard.group).shape
+        return lattice(self.settings, shape).count(shard.region)
+
+    def hull(self, shard: Shard) -> Region:
+        """What a shard's task reads."""
+        return lattice(self.settings, self.template.grid(shard.group).shape).hull(shard.region)
+
+    def pace(self, run: Run, shards: Sequence[Shard]) -> Pace | None:
+        """How fast the workers are, from a few windows of these shards."""
+        model = self.checkpoint.to_bytes()
+        return pace(run, self.cube, model, self.settings, shards)
+
+    def _check(self) -> None:
+        cube, checkpoint = self.cube.template, self.checkpoint
+        trained, here = checkpoint.provenance.pixel_metres, cube.grids[0].pixel_metres()[0]
+        if trained and not 1 / _SCALE_LIMIT < trained / here < _SCALE_LIMIT:
+            raise InputError(
+                f"the model was trained on pixels of {trained:g} m, this region's are {here:g} m: "
+                "the same window shows other ground; use a model trained at this resolution"
+            )
+        halo = self.settings.halo or 0
+        if len(cube.grids) > 1 and checkpoint.weights and cube.cut.halo < halo:
+            raise InputError(
+                f"cube.halo {cube.cut.halo} is less than predict.halo {halo}: past a zone's edge "
+                "the network would see nothing; make predict.halo smaller, or cube.halo larger"
+            )
+        if checkpoint.base == "prior" and not any(layer.name == "prior" for layer in cube.layers):
+            raise InputError(
+                "the model corrects a prior, and this region has none: give `prior`, or use a "
+                "model trained without one"
+            )
 
 
 def plan(run: Run) -> Plan:
-    """What predict would compute, from metadata alone.
+    """What predict would compute, from metadata alone; its time from a few windows.
 
     Raises:
         InputError: no cube, no checkpoint, or windows that do not fit the model.
     """
-    cube, checkpoint = run.whole_cube(), load_checkpoint(run)
-    _check(run, cube, checkpoint)
+    work = _Work.of(run)
+    ledger, settings = run.ledger("heights"), work.settings
     if not run.options.overwrite:
-        run.ledger("heights").check(_begun_with(run, cube, checkpoint), "predict")
-    made, settings = template(cube.template, checkpoint), run.settings.predict
-    shards = _shards(run, cube, made, checkpoint)
-    lattices = {grid.name: lattice(settings, grid.shape) for grid in made.grids}
-    windows = sum(lattices[shard.group].count(shard.region) for shard in shards)
-    hulls = [lattices[shard.group].hull(shard.region).size for shard in shards]
-    area = sum(shard.region.size for shard in shards)
+        ledger.check(work.begun_with(), "predict")
+    shards = work.shards(run)
+    pending = shards if run.options.overwrite else ledger.pending(shards)
+    known = work.pace(run, pending) if pending else None
+    windows, area = sum(map(work.windows, shards)), sum(shard.region.size for shard in shards)
+    hulls = [work.hull(shard).size for shard in shards]
+    assert settings.window is not None
     window_pixels = settings.batch * settings.window**2
+    network = _NETWORK_BYTES_PER_PIXEL if work.checkpoint.weights else BANDS * 8
     return Plan(
         "predict",
         {
-            "model": checkpoint.model.architecture,
-            "checkpoint": checkpoint.digest[:16],
+            "model": work.checkpoint.model.architecture,
+            "checkpoint": work.checkpoint.digest[:16],
             "shards": len(shards),
-            "pending": run.left("heights", shards),
+            "pending": len(pending),
+            "shard_px": settings.shard,
             "windows": windows,
             "window_px": settings.window,
             "halo_px": settings.halo,
             "extra_computation": round(windows * settings.window**2 / area, 2),
             "bytes_to_read": sum(hulls) * BANDS,
-            "bytes_to_write": area * 4,
+            "bytes_to_write": area * 4 * len(work.template.layers),
             "peak_worker_bytes": 1_000_000_000
-            + max(hulls) * (BANDS + 20)
-            + window_pixels
-            * (BANDS + (_NETWORK_BYTES_PER_PIXEL if checkpoint.weights else BANDS * 8)),
+            + _TASKS * max(hulls) * (BANDS + 20)
+            + window_pixels * (_TASKS * BANDS + network),
+            **({} if known is None else known.facts(sum(map(work.windows, pending)))),
         },
     )
-
-
-def check_windows(settings: PredictSettings) -> None:
-    """Refuse windows that a network would see in different ways.
-
-    Raises:
-        InputError: window or stride is no multiple of the network's stride.
-    """
-    stride = lattice(settings, (1, 1)).stride
-    if stride % STRIDE or settings.window % STRIDE:
-        raise InputError(
-            f"predict: window {settings.window} and its stride (window - 2*halo - blend = {stride})"
-            f" must be multiples of {STRIDE}, the network's own stride: elsewhere the same ground "
-            "gives other heights; for example window 256 with halo 64"
-        )
-
-
-def _check(run: Run, cube: Tree, checkpoint: Checkpoint) -> None:
-    if checkpoint.weights:
-        check_windows(run.settings.predict)
-    trained, here = checkpoint.provenance.pixel_metres, cube.template.grids[0].pixel_metres()[0]
-    if trained and not 1 / _SCALE_LIMIT < trained / here < _SCALE_LIMIT:
-        raise InputError(
-            f"the model was trained on pixels of {trained:g} m, this region's are {here:g} m: the "
-            "same window shows other ground; use a model trained at this resolution"
-        )
-    halos = cube.template.cut.halo, run.settings.predict.halo
-    if len(cube.template.grids) > 1 and checkpoint.weights and halos[0] < halos[1]:
-        raise InputError(
-            f"cube.halo {halos[0]} is less than predict.halo {halos[1]}: past a zone's edge the "
-            "network would see nothing; make predict.halo smaller, or cube.halo larger"
-        )
-    if checkpoint.base == "prior" and not any(
-        layer.name == "prior" for layer in cube.template.layers
-    ):
-        raise InputError(
-            "the model corrects a prior, and this region has none: give `prior`, or use a model "
-            "trained without one"
-        )
-
-
-def _begun_with(run: Run, cube: Tree, checkpoint: Checkpoint) -> dict[str, Any]:
-    return {
-        "predict": run.settings.predict.model_dump(mode="json"),
-        "checkpoint": checkpoint.digest,
-        "cube": cube.identity,
-    }
 
 
 def execute(run: Run) -> Outcome:
@@ -165,28 +171,43 @@ def execute(run: Run) -> Outcome:
     Raises:
         InputError: see `plan`; or another model or other settings than those the map began with.
     """
-    cube, checkpoint = run.whole_cube(), load_checkpoint(run)
-    _check(run, cube, checkpoint)
-    made, ledger = template(cube.template, checkpoint), run.ledger("heights")
+    work, ledger = _Work.of(run), run.ledger("heights")
     if run.options.overwrite:
         run.discard(ledger.store)
         remove_tree(run.heights)
     else:
-        ledger.check(_begun_with(run, cube, checkpoint), "predict")
-    tree = create(run.heights, made)
-    ledger = ledger.begin(_begun_with(run, cube, checkpoint) | {"heights": tree.identity})
+        ledger.check(work.begun_with(), "predict")
+    tree = create(run.heights, work.template)
+    ledger = ledger.begin(work.begun_with() | {"heights": tree.identity})
     if not ledger.store.exists(MODEL):
-        ledger.store.write(MODEL, checkpoint.to_bytes())
+        ledger.store.write(MODEL, work.checkpoint.to_bytes())
     task = Predict(
-        cube.store.uri,
+        work.cube.store.uri,
         tree.store.uri,
         tree.identity,
-        f"{cube.version} {tree.version}",
+        f"{work.cube.version} {tree.version}",
         ledger.store.uri,
         ledger.key,
-        run.settings.predict,
+        work.settings,
     )
-    return carry_out(run, "predict", ledger, _shards(run, cube, made, checkpoint), task)
+    shards = work.shards(run)
+    pending = ledger.pending(shards)
+    windows = sum(map(work.windows, pending))
+    worth = windows >= _WORTH_TIMING * work.settings.batch
+    known = work.pace(run, pending) if worth else None
+    outcome = carry_out(run, "predict", ledger, shards, task, work.settings.device)
+    if pending:
+        session = Session(
+            estimate_seconds=round(known.seconds(windows), 1) if known else None,
+            seconds=round(outcome.seconds, 1),
+            shards=outcome.done,
+            failed=len(outcome.failed),
+            windows=windows,
+            workers=known.workers if known else None,
+            device=known.device if known else None,
+        )
+        remember(ledger.store, session)
+    return outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,32 +226,43 @@ class Predict:
     def __call__(self, shard: Shard) -> Receipt:
         """Read, compute, write, leave the receipt."""
         started = time.monotonic()
-        ledger = Ledger(Store(self.ledger))
-        cube, heights, predictor = _opened(
-            self.cube, self.heights, self.identity, self.version, self.ledger
+        tools = _opened(self)
+        values = compute(tools.cube, tools.predictor, self.settings, shard, shard.region)
+        names = [layer.name for layer in tools.heights.template.layers]
+        further = {
+            name: tools.heights.write(replace(shard, layer=name), plane)
+            for name, plane in zip(names[1:], values[1:], strict=True)
+        }
+        digest = tools.heights.write(shard, values[0])
+        receipt = replace(
+            receipt_for(shard, values[0], digest, ~np.isnan(values[0]), self.key, started),
+            further=further,
+            remarks=tuple(tools.predictor.remarks),
         )
-
-        def reader(layer: str, year: int | None) -> Callable[[Region], Any]:
-            return lambda region: cube.read(shard.group, layer, year, region)
-
-        values = predict_region(
-            predictor,
-            lattice(self.settings, cube.template.grid(shard.group).shape),
-            shard.region,
-            self.settings.batch,
-            reader("embedding", shard.year),
-            reader("prior", None) if predictor.needs_prior else None,
-        )
-        digest = heights.write(shard, values)
-        receipt = receipt_for(shard, values, digest, ~np.isnan(values), self.key, started)
-        ledger.leave(receipt)
+        Ledger(Store(self.ledger)).leave(receipt)
         return receipt
 
 
+@dataclass(frozen=True, slots=True)
+class _Tools:
+    """What a worker keeps open for all shards of a map."""
+
+    cube: Tree
+    heights: Tree
+    predictor: Predictor
+
+
+_opening = threading.Lock()
+
+
+def _opened(task: Predict) -> _Tools:
+    """Once a worker and map, however many of its threads ask: the model stays on the device."""
+    with _opening:
+        return _open(task)
+
+
 @lru_cache(maxsize=2)
-def _opened(
-    cube: str, heights: str, _identity: str, _version: str, ledger: str
-) -> tuple[Tree, Tree, Predictor]:
-    """Once a worker and map: the model stays on the device."""
-    checkpoint = Checkpoint.from_bytes(Store(ledger).read(MODEL))
-    return open_tree(Store(cube)), open_tree(Store(heights)), Predictor(checkpoint, best_device())
+def _open(task: Predict) -> _Tools:
+    checkpoint = Checkpoint.from_bytes(Store(task.ledger).read(MODEL))
+    predictor = predictor_for(checkpoint, task.settings)
+    return _Tools(open_tree(Store(task.cube)), open_tree(Store(task.heights)), predictor)

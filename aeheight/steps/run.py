@@ -13,7 +13,7 @@ from aeheight.cluster import Connection, Outcome, Progress, Task, run_shards
 from aeheight.cube import Tree, find, open_tree
 from aeheight.errors import InputError, NotYetError
 from aeheight.receipts import Ledger, lease
-from aeheight.settings import RegionSettings, differences
+from aeheight.settings import Device, RegionSettings, differences
 from aeheight.store import Store
 from aeheight.template import Shard, Template
 from aeheight.windows import Region, whole
@@ -171,15 +171,15 @@ def refuse_other_meaning(ledger: Ledger, settings: RegionSettings) -> None:
     """
     if not ledger.store.exists(ASKED):
         return
-    made = {Shard.parse(name).layer for name in ledger.done()}
     asked = ledger.store.read_json(ASKED)
     for layer in ("height", "prior"):
         before, now = asked.get(layer), sources_asked(settings)[layer]
-        if layer not in made or not before or not now:
+        if not before or not now:
             continue
         aside = {"href"} | _MENDABLE
         old, new = ({k: v for k, v in each.items() if k not in aside} for each in (before, now))
-        if changed := differences(old, new, f"{layer}."):
+        changed = differences(old, new, f"{layer}.")
+        if changed and layer in {Shard.parse(name).layer for name in ledger.done()}:
             ledger.refuse(changed, "run aeheight ingest --overwrite")
 
 
@@ -287,7 +287,14 @@ def human_bytes(count: int) -> str:
     return f"{size:.3g} PB"
 
 
-def carry_out(run: Run, step: str, ledger: Ledger, shards: Sequence[Shard], task: Task) -> Outcome:
+def carry_out(
+    run: Run,
+    step: str,
+    ledger: Ledger,
+    shards: Sequence[Shard],
+    task: Task,
+    device: Device = "cpu",
+) -> Outcome:
     """Run a task over the shards that have no receipt yet.
 
     Args:
@@ -296,6 +303,7 @@ def carry_out(run: Run, step: str, ledger: Ledger, shards: Sequence[Shard], task
         ledger: knows what is done.
         shards: all of the step's shards.
         task: makes one shard.
+        device: where its tasks may run.
     """
     pending = ledger.take_up(shards)
     skipped = len(shards) - len(pending)
@@ -303,5 +311,5 @@ def carry_out(run: Run, step: str, ledger: Ledger, shards: Sequence[Shard], task
         return Outcome(0, skipped, {}, 0.0, 0)
     progress = Progress(step, len(pending), as_json=run.options.as_json)
     progress.begin()
-    outcome = run_shards(run.connection.client(), task, pending, progress)
+    outcome = run_shards(run.connection.client(), task, pending, progress, device)
     return replace(outcome, skipped=skipped)

@@ -1,0 +1,168 @@
+"""How a map is covered: the network's windows, the halo that is cut, the map's own shards.
+
+What the region file leaves open follows from the checkpoint and the grid alone, never from how the
+cube is cut or who computes.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import ceil, lcm
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aeheight.cube import Tree
+from aeheight.errors import InputError
+from aeheight.inference import predict_region
+from aeheight.models import Checkpoint
+from aeheight.predictor import Predictor, best_device
+from aeheight.settings import PredictSettings
+from aeheight.template import Layer, Shard, Template
+from aeheight.windows import STRIDE, Lattice, Region, Shape, coarser
+
+UNMEASURED_HALO = 64
+"""Pixels, for a network whose training measured none."""
+_CORE = 1024
+"""Pixels that a window keeps: with a halo of 64 it takes 2.8 GB in float32, and 1.27 x the area."""
+_LARGEST_CORE = 2048
+_LARGEST_SHARD = 8192
+_MOST_EXTRA = 1.35
+"""Computed pixels for every pixel of the map."""
+
+
+def lattice(settings: PredictSettings, shape: Shape) -> Lattice:
+    """The windows over a whole grid, of settings that are `settled`."""
+    assert settings.window is not None
+    assert settings.halo is not None
+    return Lattice(shape, settings.window, settings.halo, settings.blend)
+
+
+def settled(settings: PredictSettings, checkpoint: Checkpoint, cube: Template) -> PredictSettings:
+    """The settings with window, halo and shard as numbers.
+
+    Raises:
+        InputError: windows that a network would see in different ways.
+    """
+    cut, shard = cube.cut.shard, settings.shard
+    if shard and shard % cut:
+        raise InputError(f"predict.shard {shard} must be a multiple of cube.shard {cut}")
+    halo = halo_of(checkpoint) if settings.halo is None else settings.halo
+    largest = max(size for grid in cube.grids for size in grid.shape)
+    wanted = shard if shard and shard % STRIDE == 0 else _core(halo + settings.blend // 2)
+    core = min(wanted, ceil(largest / STRIDE) * STRIDE)
+    window = settings.window or core + 2 * halo + settings.blend
+    found = settings.model_copy(update={"halo": halo, "window": window})
+    if checkpoint.weights:
+        check_windows(found)
+    stride = lattice(found, (1, 1)).stride
+    return found.model_copy(update={"shard": shard or _shard(stride, cut, largest)})
+
+
+def halo_of(checkpoint: Checkpoint) -> int:
+    """Pixels that a window's result must lose for seams below 1 % of the map's own RMSE."""
+    if not checkpoint.weights:
+        return 0
+    if checkpoint.seams is None or checkpoint.rmse is None:
+        return UNMEASURED_HALO
+    enough = checkpoint.seams.halo(checkpoint.rmse)
+    # Where even the widest that was measured is not enough, none below it is either.
+    return max(UNMEASURED_HALO, *checkpoint.seams.halos) if enough is None else enough
+
+
+def _core(margin: int) -> int:
+    core = _CORE
+    while core < _LARGEST_CORE and (1 + 2 * margin / core) ** 2 > _MOST_EXTRA:
+        core *= 2
+    return core
+
+
+def _shard(core: int, cut: int, largest: int) -> int:
+    """The smallest multiple of the cube's shard that whole cores fill, within reason."""
+    common = lcm(core, cut)
+    return common if common <= _LARGEST_SHARD and largest > cut else cut
+
+
+def check_windows(settings: PredictSettings) -> None:
+    """Refuse windows that a network would see in different ways; what is open is not judged.
+
+    Raises:
+        InputError: window or stride is no multiple of the network's stride.
+    """
+    window, halo = settings.window, settings.halo
+    if window is None or halo is None:
+        stride = 0 if window is None else window
+    else:
+        stride = lattice(settings, (1, 1)).stride
+    if stride % STRIDE or (window or 0) % STRIDE:
+        raise InputError(
+            f"predict: window {window} and its stride (window - 2*halo - blend = {stride})"
+            f" must be multiples of {STRIDE}, the network's own stride: elsewhere the same ground "
+            "gives other heights; for example window 256 with halo 64"
+        )
+
+
+def template(cube: Template, checkpoint: Checkpoint, settings: PredictSettings) -> Template:
+    """The map of a cube, before its first pixel."""
+    assert settings.shard is not None
+    about = {
+        "long_name": "predicted height",
+        "standard_name": "surface_altitude",
+        "units": "m",
+        "surface": checkpoint.provenance.surface,
+        "vertical_datum": checkpoint.provenance.vertical_datum,
+        "checkpoint": checkpoint.digest,
+    }
+    layers = [Layer("height", "float32", np.nan, timed=True, attributes=about)]
+    if settings.novelty and checkpoint.novelty is not None:
+        far = {
+            "long_name": "distance of the embedding from those trained on; 1 is the 99th percentile"
+            " of the validation ground",
+            "units": "1",
+            "checkpoint": checkpoint.digest,
+        }
+        layers.append(Layer("novelty", "float32", np.nan, timed=True, attributes=far))
+    return replace(
+        cube,
+        layers=tuple(layers),
+        cut=cube.cut.model_copy(update={"shard": settings.shard}),
+        title=cube.title.replace("cube", "heights", 1),
+        ground=tuple(
+            runs if runs is None else coarser(runs, settings.shard // cube.cut.shard)
+            for runs in cube.ground
+        ),
+    )
+
+
+def predictor_for(checkpoint: Checkpoint, settings: PredictSettings) -> Predictor:
+    """The model on the device that the settings ask for, of the machine that calls.
+
+    Raises:
+        InputError: there is no GPU, and one is asked for.
+    """
+    device = "cpu" if settings.device == "cpu" else best_device()
+    if settings.device == "gpu" and device == "cpu":
+        raise InputError(
+            "predict.device is gpu, and PyTorch sees none on this worker: give it one (and an "
+            "image with CUDA), or set predict.device to auto"
+        )
+    return Predictor(checkpoint, device, settings.precision, novelty=settings.novelty)
+
+
+def compute(
+    cube: Tree, predictor: Predictor, settings: PredictSettings, shard: Shard, region: Region
+) -> NDArray[np.float32]:
+    """The layers of a region of the map, (layers, rows, columns), in the year of a shard."""
+
+    def reader(layer: str, year: int | None) -> Callable[[Region], Any]:
+        return lambda seen: cube.read(shard.group, layer, year, seen)
+
+    return predict_region(
+        predictor.submit,
+        lattice(settings, cube.template.grid(shard.group).shape),
+        region,
+        settings.batch,
+        reader("embedding", shard.year),
+        reader("prior", None) if predictor.needs_prior else None,
+        layers=len(predictor.layers),
+    )
