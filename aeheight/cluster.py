@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from queue import Empty, SimpleQueue
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from dask.base import tokenize
 from distributed import Client, get_worker
@@ -26,10 +26,11 @@ from aeheight.connection import (
     different_software,
     software,
 )
-from aeheight.crew import Crew, Key, gpu_slots
+from aeheight.crew import Crew, Key, gpu_slots, least_memory
 from aeheight.errors import InputError
 from aeheight.progress import Progress, clock
 from aeheight.receipts import Receipt
+from aeheight.settings import Device
 from aeheight.template import Shard
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "Progress",
     "Task",
     "clock",
+    "least_memory",
     "run_shards",
 ]
 
@@ -58,7 +60,6 @@ _TURN = 0.5
 """Seconds between two looks at the workers while nothing finishes."""
 
 Task = Callable[[Shard], Receipt]
-Device = Literal["cpu", "gpu", "auto"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,8 @@ class _Result:
     """That it took on the worker."""
     suspect: bool = False
     """Its workers died: by its fault, a neighbour's or none."""
+    remarks: tuple[str, ...] = ()
+    """`Receipt.remarks`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +105,10 @@ def _attempt(task: Task, shard: Shard, wanted: str) -> _Result | _Refusal:
         return _Refusal(get_worker().address, here)
     started = time.monotonic()
     try:
-        task(shard)
+        receipt = task(shard)
     except Exception as error:
         return _Result(_reason(error), time.monotonic() - started)
-    return _Result(None, time.monotonic() - started)
+    return _Result(None, time.monotonic() - started, remarks=receipt.remarks)
 
 
 def run_shards(
@@ -139,10 +142,14 @@ def run_shards(
     """
     started = time.monotonic()
     failed: dict[str, str] = {}
+    said: set[str] = set()
     pixels = 0
     flight = _Flight(client, task, progress, _wants_gpu(client, device), limit)
     with closing(flight.results(shards)) as results:
         for shard, result in results:
+            for remark in sorted(set(result.remarks) - said):
+                progress.note(remark)
+            said |= set(result.remarks)
             if result.reason is None:
                 pixels += shard.region.size
             else:

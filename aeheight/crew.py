@@ -133,6 +133,12 @@ def gpu_slots(client: Client) -> dict[str, int]:
     }
 
 
+def least_memory(client: Client) -> int | None:
+    """The smallest memory limit of a worker, bytes; None where none has one."""
+    workers: Mapping[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
+    return min((w["memory_limit"] for w in workers.values() if w["memory_limit"]), default=None)
+
+
 def _running(
     processing: Mapping[str, Collection[Key]], keys: Collection[Key], slots: Mapping[str, int]
 ) -> list[tuple[str, Key]]:

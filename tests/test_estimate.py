@@ -6,7 +6,7 @@ import pytest
 
 from aeheight.steps.estimate import SESSIONS, Pace, Session, remember, sessions
 from aeheight.store import Store
-from tests.runs import copied
+from tests.runs import copied, one_message, snapshot
 
 
 def test_a_plan_tells_the_time_and_writes_nothing(aeheight, small_run, scheduler):
@@ -64,3 +64,13 @@ def test_pace_is_of_all_workers_together(windows, seconds):
     pace = Pace(2.5, 4, "cpu")
     assert pace.seconds(windows) == seconds
     assert pace.facts(windows)["estimated_seconds"] == seconds
+
+
+def test_workers_too_small_for_a_window_are_refused(aeheight, small_run, regions):
+    twin = copied(small_run, regions)
+    before = snapshot(twin.heights)
+    vast = ("--set", "predict.window=16384", "--set", "predict.batch=8")
+    result = aeheight("predict", twin.path, "--overwrite", "--workers", "2", *vast)
+    assert result.code == 2
+    one_message(result.err, "for windows of 16384 px, 8 at a time", "make predict.shard")
+    assert snapshot(twin.heights) == before

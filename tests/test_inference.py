@@ -199,6 +199,50 @@ def test_a_blend_of_equal_heights_is_that_height():
     assert (found == np.float32(0.1)).all()
 
 
+def test_layers_keep_apart_whatever_the_cut():
+    """A second layer, told pixel by pixel, comes out of any window as it went in."""
+    world, lattice = World((40, 50), missing=0.2), Lattice((40, 50), window=24, halo=2, blend=4)
+
+    def two(codes, prior, halo):
+        middle = slice(halo, codes.shape[-1] - halo)
+        second = np.where(codes[:, 0] == NODATA, np.nan, codes[:, 5]).astype(np.float32)
+        coming = Future()
+        coming.set_result(np.stack([toy(codes), second])[:, :, middle, middle])
+        return coming
+
+    def layers(part):
+        return predict_region(two, lattice, part, 3, world.read_codes, layers=2)
+
+    whole_layers = layers(whole(lattice.shape))
+    expected = np.where(valid(world.codes), world.codes[5], np.nan).astype(np.float32)
+    np.testing.assert_array_equal(whole_layers[1], expected)
+    assert_same_bits(whole_layers[0], predict(toy, lattice, whole(lattice.shape), world))
+    for part in tile(lattice.shape, 16):
+        np.testing.assert_array_equal(layers(part), whole_layers[(slice(None), *part.slices)])
+
+
+def test_the_next_batch_is_filled_while_the_model_works():
+    """Two batches are under way at most, and each is taken before a third begins."""
+    world, lattice = World((64, 64)), Lattice((64, 64), window=16, halo=0)
+    under_way, most = [0], [0]
+
+    class Slow:
+        def __init__(self, values):
+            self.values = values
+
+        def result(self):
+            under_way[0] -= 1
+            return self.values
+
+    def model(codes, prior, halo):
+        under_way[0] += 1
+        most[0] = max(most[0], under_way[0])
+        return Slow(toy(codes)[None])
+
+    predict_region(model, lattice, whole((64, 64)), 2, world.read_codes)
+    assert (most[0], under_way[0]) == (2, 0)
+
+
 # --- what is missing ---------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from aeheight.cluster import Outcome
+from aeheight.cluster import Outcome, least_memory
 from aeheight.cube import Tree, create, open_tree, remove_tree
 from aeheight.embeddings import BANDS
 from aeheight.errors import InputError
@@ -19,7 +19,7 @@ from aeheight.receipts import Ledger, Receipt, receipt_for
 from aeheight.settings import PredictSettings, fingerprint
 from aeheight.steps.cover import compute, lattice, predictor_for, settled, template
 from aeheight.steps.estimate import Pace, Session, pace, remember
-from aeheight.steps.run import Made, Plan, Run, carry_out
+from aeheight.steps.run import Made, Plan, Run, carry_out, human_bytes
 from aeheight.steps.train import load_checkpoint
 from aeheight.store import Store
 from aeheight.template import Shard, Template
@@ -31,8 +31,11 @@ MODEL = "model.ckpt"
 _NETWORK_BYTES_PER_PIXEL = 2_100
 """One pixel of one window at the peak of a U-Net++ with ResNet-18 in float32: measured 1,600 to
 2,010 on windows of 256 to 1024 px (a U-Net: 1,030)."""
+_PROCESS_BYTES = 1_000_000_000
 _TASKS = 2
 """Tasks that a worker of this machine has at hand: one computes, one reads or writes."""
+_TOLERANCE = 0.7
+"""Of the memory that is foreseen, an upper bound: a worker with less may not begin."""
 _WORTH_TIMING = 16
 """Batches: with fewer to go, timing a few first would cost more than it tells."""
 _SCALE_LIMIT = 1.5
@@ -104,6 +107,15 @@ class _Work:
         model = self.checkpoint.to_bytes()
         return pace(run, self.cube, model, self.settings, shards)
 
+    @property
+    def worker_bytes(self) -> int:
+        """What a worker process takes at its peak, with all tasks that it has at hand."""
+        hull = max((self.hull(shard).size for shard in self.template.shards("height")), default=0)
+        assert self.settings.window is not None
+        window = self.settings.batch * self.settings.window**2
+        network = _NETWORK_BYTES_PER_PIXEL if self.checkpoint.weights else BANDS * 8
+        return _PROCESS_BYTES + _TASKS * (hull + window) * (BANDS + 20) + window * network
+
     def _check(self) -> None:
         cube, checkpoint = self.cube.template, self.checkpoint
         trained, here = checkpoint.provenance.pixel_metres, cube.grids[0].pixel_metres()[0]
@@ -141,8 +153,6 @@ def plan(run: Run) -> Plan:
     windows, area = sum(map(work.windows, shards)), sum(shard.region.size for shard in shards)
     hulls = [work.hull(shard).size for shard in shards]
     assert settings.window is not None
-    window_pixels = settings.batch * settings.window**2
-    network = _NETWORK_BYTES_PER_PIXEL if work.checkpoint.weights else BANDS * 8
     return Plan(
         "predict",
         {
@@ -157,9 +167,7 @@ def plan(run: Run) -> Plan:
             "extra_computation": round(windows * settings.window**2 / area, 2),
             "bytes_to_read": sum(hulls) * BANDS,
             "bytes_to_write": area * 4 * len(work.template.layers),
-            "peak_worker_bytes": 1_000_000_000
-            + _TASKS * max(hulls) * (BANDS + 20)
-            + window_pixels * (_TASKS * BANDS + network),
+            "peak_worker_bytes": work.worker_bytes,
             **({} if known is None else known.facts(sum(map(work.windows, pending)))),
         },
     )
@@ -173,6 +181,7 @@ def execute(run: Run) -> Outcome:
     """
     work, ledger = _Work.of(run), run.ledger("heights")
     if run.options.overwrite:
+        _refuse_small_workers(run, work)
         run.discard(ledger.store)
         remove_tree(run.heights)
     else:
@@ -192,6 +201,8 @@ def execute(run: Run) -> Outcome:
     )
     shards = work.shards(run)
     pending = ledger.pending(shards)
+    if pending:
+        _refuse_small_workers(run, work)
     windows = sum(map(work.windows, pending))
     worth = windows >= _WORTH_TIMING * work.settings.batch
     known = work.pace(run, pending) if worth else None
@@ -208,6 +219,19 @@ def execute(run: Run) -> Outcome:
         )
         remember(ledger.store, session)
     return outcome
+
+
+def _refuse_small_workers(run: Run, work: _Work) -> None:
+    """Met here, and not by a kernel that kills one worker after the other."""
+    least = least_memory(run.connection.client())
+    if least is not None and least < work.worker_bytes * _TOLERANCE:
+        settings = work.settings
+        raise InputError(
+            f"a worker may take {human_bytes(work.worker_bytes)} for windows of {settings.window} "
+            f"px, {settings.batch} at a time, and the smallest has {human_bytes(least)}: give "
+            "workers more memory (fewer --workers on this machine), or make predict.shard (or "
+            "predict.window, predict.batch) smaller"
+        )
 
 
 @dataclass(frozen=True, slots=True)
