@@ -27,6 +27,7 @@ from aeheight.metrics import Stats, merge
 from aeheight.models import Base, Checkpoint, HeightModel, Provenance
 from aeheight.novelty import Sample
 from aeheight.patches import TRAIN, VALIDATION, Patch
+from aeheight.predictor import full_precision
 from aeheight.ridge import Ridge, RidgeSums
 from aeheight.seams import Seams, measure
 from aeheight.settings import ModelSettings
@@ -130,8 +131,7 @@ def _measured_seams(
 
     def heights(codes: NDArray[np.int8], prior: NDArray[np.float32] | None) -> NDArray[np.float32]:
         given = None if prior is None else torch.tensor(prior, device=model.device)
-        # In full precision: what a GPU's TF32 rounds is more than a seam.
-        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.inference_mode(), full_precision():  # TF32 rounds by more than a seam
             result = model(torch.tensor(codes, device=model.device), given)
         found: NDArray[np.float32] = result.cpu().numpy()
         return found
