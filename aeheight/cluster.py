@@ -6,6 +6,7 @@ come and go: a shard is lost by none of them, and given up only when it is the l
 """
 
 import time
+import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing, contextmanager, suppress
@@ -44,7 +45,9 @@ __all__ = [
     "Task",
     "clock",
     "least_memory",
+    "on_each_worker",
     "run_shards",
+    "wants_gpu",
 ]
 
 LIMIT = 600.0
@@ -56,6 +59,7 @@ _AHEAD = 2
 """Tasks in flight for every thread of the cluster: enough that no worker ever waits."""
 _ROUNDS = 2
 """A shard that Dask gave up because its workers died is tried once more."""
+_EACH = 300.0
 _TURN = 0.5
 """Seconds between two looks at the workers while nothing finishes."""
 
@@ -144,7 +148,7 @@ def run_shards(
     failed: dict[str, str] = {}
     said: set[str] = set()
     pixels = 0
-    flight = _Flight(client, task, progress, _wants_gpu(client, device), limit)
+    flight = _Flight(client, task, progress, wants_gpu(client, device), limit)
     with closing(flight.results(shards)) as results:
         for shard, result in results:
             for remark in sorted(set(result.remarks) - said):
@@ -160,8 +164,12 @@ def run_shards(
     return Outcome(done, 0, failed, time.monotonic() - started, pixels)
 
 
-def _wants_gpu(client: Client, device: Device) -> bool:
-    """Whether tasks ask for a GPU."""
+def wants_gpu(client: Client, device: Device) -> bool:
+    """Whether tasks ask for a GPU.
+
+    Raises:
+        InputError: `device` is `gpu`, and no worker declares one.
+    """
     if device == "cpu":
         return False
     there = bool(gpu_slots(client))
@@ -172,6 +180,33 @@ def _wants_gpu(client: Client, device: Device) -> bool:
             "--set predict.device=cpu"
         )
     return there
+
+
+def on_each_worker(
+    client: Client, function: Callable[[Any], Any], argument: object, device: Device
+) -> list[Any]:
+    """What a function returns on every worker that takes a step's tasks, at the same time.
+
+    Workers that die, fail or take longer than five minutes are left out.
+    """
+    (there,) = client.scatter([argument], broadcast=True)
+    places = gpu_slots(client) if wants_gpu(client, device) else client.nthreads()
+    running = {
+        place: client.submit(
+            function, there, workers=[place], pure=False, key=f"each-{uuid.uuid4().hex}"
+        )
+        for place in places
+    }
+    until = time.monotonic() + _EACH
+    while time.monotonic() < until:
+        present = client.nthreads()
+        if all(future.done() or place not in present for place, future in running.items()):
+            break
+        time.sleep(_TURN)
+    done = [future for future in running.values() if future.status == "finished"]
+    answers: list[Any] = client.gather(done, errors="skip")
+    client.cancel(list(running.values()))
+    return answers
 
 
 @contextmanager

@@ -115,6 +115,10 @@ class Connection:
         settings = {
             spawning: config.get(spawning) | _MEMORY,
             "distributed.scheduler.worker-ttl": _SILENCE,
+            # Memory is kept, so a worker that was paused for it would never work again.
+            **dict.fromkeys(
+                (f"distributed.worker.memory.{act}" for act in ("target", "spill", "pause")), False
+            ),
         }
         with _deaf_to_interrupts(), config.set(settings):
             cluster = SpecCluster(
@@ -178,7 +182,7 @@ def _worker_specs(workers: int, devices: list[str]) -> dict[int | str, dict[str,
         }
         return {"cls": Nanny, "options": options}
 
-    plain = {number: spec(THREADS, {}, {}) for number in range(workers)}
+    plain = {number: spec(THREADS, {"CUDA_VISIBLE_DEVICES": ""}, {}) for number in range(workers)}
     with_gpus = {
         f"gpu{number}": spec(GPU_THREADS, {"CUDA_VISIBLE_DEVICES": device}, {"GPU": GPU_THREADS})
         for number, device in enumerate(devices)
@@ -189,9 +193,9 @@ def _worker_specs(workers: int, devices: list[str]) -> dict[int | str, dict[str,
 def _devices(wanted: int | None) -> list[str]:
     """What CUDA_VISIBLE_DEVICES is for each worker with a GPU."""
     visible = visible_gpus()
-    if wanted is None:
-        return visible
-    return (visible + [str(number) for number in range(len(visible), wanted)])[:wanted]
+    if wanted is not None and wanted > len(visible):
+        raise InputError(f"--gpus {wanted}: {len(visible)} are visible here; ask for no more")
+    return visible[:wanted]
 
 
 def visible_gpus() -> list[str]:

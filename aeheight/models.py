@@ -1,4 +1,4 @@
-"""The models: ridge, U-Net, U-Net++; the checkpoint that holds one; the predictor that runs it.
+"""The models: ridge, U-Net, U-Net++; the checkpoint that holds one.
 
 A model is a base (the ridge regression, the prior, or the mean height) and, unless it is the ridge
 alone, a network that adds its correction: `height = base + scale * network(embedding)`.

@@ -118,7 +118,7 @@ class Predictor:
 
         Args:
             checkpoint: the model.
-            device: a name of torch's, such as `cpu` or `cuda:0`.
+            device: `cpu`, or `cuda` for the process's own GPU.
             precision: of the network.
             novelty: give it beside the heights, where the checkpoint knows how.
 
@@ -247,7 +247,7 @@ class Predictor:
             return _Launched(layers)
         out = torch.empty(layers.shape, dtype=layers.dtype, pin_memory=True)
         out.copy_(layers, non_blocking=True)
-        done = torch.cuda.Event()
+        done = torch.cuda.Event(blocking=True)  # a thread that waits must sleep
         done.record()
         return _Launched(out, done.synchronize)
 
@@ -355,7 +355,16 @@ def _middle(pixels: Tensor, halo: int) -> Tensor:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """On a GPU an error of its own; on a CPU the allocator's words."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in str(error) for words in ("can't allocate memory", "not enough memory")
+    """On a GPU an error of its own; on a CPU the words of PyTorch, C++ or oneDNN."""
+    text = str(error)
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
+        or any(
+            words in text
+            for words in (
+                *("out of memory", "ALLOC_FAILED"),
+                *("can't allocate memory", "not enough memory"),
+            )
+        )
+        or text in ("std::bad_alloc", "could not create a primitive", "could not create a memory")
     )

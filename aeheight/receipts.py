@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -77,6 +77,8 @@ class Receipt:
     """Checksums of the layers that were written with it, by name."""
     remarks: tuple[str, ...] = ()
     """What a user should know of how it was made."""
+    device: str = ""
+    """What computed it, such as `cpu, float32`; empty: nothing that depends on it."""
     versions: Mapping[str, str] = field(default_factory=versions)
     format: int = FORMAT
 
@@ -266,7 +268,7 @@ class Ledger:
         return [
             shard
             for shard in shards
-            if shard.name not in done or (shard.inputs and done[shard.name] != shard.inputs)
+            if not _is_made(shard, [done[shard.name]] if shard.name in done else [])
         ]
 
     def finished(self) -> list[Shard]:
@@ -275,8 +277,15 @@ class Ledger:
 
     def take_up(self, shards: Iterable[Shard]) -> list[Shard]:
         """What is pending, without the receipts of what it was made from before."""
-        pending = self.pending(shards)
-        self.forget({shard.name for shard in pending})
+        found: dict[str, list[str]] = {}
+        for name, inputs in self._entries():
+            found.setdefault(name, []).append(inputs)
+        pending = [shard for shard in shards if not _is_made(shard, found.get(shard.name, []))]
+        stale = [
+            self._entry(shard.name, made) for shard in pending for made in found.get(shard.name, [])
+        ]
+        if stale:
+            self.store.remove_many(stale)
         return pending
 
     def leave(self, receipt: Receipt) -> None:
@@ -327,6 +336,11 @@ class Ledger:
     def discard(self) -> None:
         """Remove all receipts and the record of the settings."""
         self.store.remove()
+
+
+def _is_made(shard: Shard, inputs: Sequence[str]) -> bool:
+    """Whether a shard with receipts of these inputs is done: with one, of its own inputs."""
+    return len(inputs) == 1 and (not shard.inputs or inputs[0] == shard.inputs)
 
 
 @dataclass(frozen=True, slots=True)

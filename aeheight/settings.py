@@ -159,8 +159,8 @@ class PredictSettings(_Settings):
     """How a region is covered by the network's windows, and what runs the network."""
 
     window: Positive | None = None
-    """Edge of a window in pixels; None: the halo around `shard`, or where that is None too around
-    1024 px, or 2048 where the halo would make that more than 1.35 times the area."""
+    """Edge of a window in pixels; None: the halo, around the fewest pixels from 1024 on for which
+    a window is at most 1.35 times the area, or around a part of `shard`, where that is given."""
     halo: Natural | None = None
     """Pixels cut from every side of a window's result; None: what training measured to suffice."""
     blend: Natural = 0
@@ -168,8 +168,8 @@ class PredictSettings(_Settings):
     batch: Positive = 1
     """Windows in one forward pass; always filled, so that results do not depend on the cut."""
     shard: Positive | None = None
-    """Edge of a shard of the map; None: `cube.shard`, or a window's kept core where that is more,
-    so that nothing is computed twice."""
+    """Edge of a shard of the map, a multiple of `cube.chunk`; None: the whole number of windows'
+    kept cores that is no less than `cube.shard`, so that nothing is computed twice."""
     novelty: bool = True
     """Tell beside each height how far its embedding is from those that were trained on."""
     device: Device = "auto"
@@ -203,6 +203,15 @@ class RegionSettings(_Settings):
     def _base_exists(self) -> "RegionSettings":
         if self.model.base == "prior" and self.prior is None:
             raise ValueError("model.base is prior, but the region has no prior: give one")
+        return self
+
+    @model_validator(mode="after")
+    def _shard_holds_chunks(self) -> "RegionSettings":
+        if (self.predict.shard or 0) % self.cube.chunk:
+            raise ValueError(
+                f"predict.shard {self.predict.shard} must be a multiple of cube.chunk "
+                f"{self.cube.chunk}"
+            )
         return self
 
     @property

@@ -155,23 +155,30 @@ def runs_of(chosen: NDArray[np.bool_]) -> Runs:
     )
 
 
-def coarser(runs: Runs, factor: int) -> Runs:
-    """The runs of a board of larger squares: those that hold any chosen one.
+def recut(runs: Runs, edge: int, new: int, shape: Shape) -> Runs:
+    """The runs of squares of another size: those that hold any ground of the chosen ones.
 
     Args:
-        runs: of the small squares.
-        factor: small squares along the edge of a large one.
+        runs: of squares of `edge` pixels.
+        edge: pixels.
+        new: edge of the other squares, pixels.
+        shape: of the grid.
 
-    >>> coarser(((0, 0, 1), (1, 2, 5), (4, 3, 4)), 2)
+    >>> recut(((0, 0, 1), (1, 2, 5), (4, 3, 4)), 256, 512, (1280, 1280))
     ((0, 0, 3), (2, 1, 2))
+    >>> recut(((0, 1, 2),), 512, 256, (300, 1024))
+    ((0, 2, 4), (1, 2, 4))
     """
     chosen: dict[int, set[int]] = {}
     for line, first, last in runs:
-        chosen.setdefault(line // factor, set()).update(range(first // factor, ceil(last / factor)))
+        bottom, right = min((line + 1) * edge, shape[0]), min(last * edge, shape[1])
+        columns = range(first * edge // new, ceil(right / new))
+        for row in range(line * edge // new, ceil(bottom / new)):
+            chosen.setdefault(row, set()).update(columns)
     return tuple(
         (line, first, last + 1)
-        for line, columns in sorted(chosen.items())
-        for first, last in _stretches(sorted(columns))
+        for line, found in sorted(chosen.items())
+        for first, last in _stretches(sorted(found))
     )
 
 

@@ -191,7 +191,9 @@ def dask_setup(worker):
 16 windows of 128 px take 330."""
 RETURNED = {
     "MALLOC_MMAP_THRESHOLD_": "1000000",
+    "MALLOC_MMAP_MAX_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_TOP_PAD_": "0",
     "MALLOC_ARENA_MAX": "1",
 }
 """The C library keeps nothing of what is freed, so that the limit is felt."""

@@ -26,8 +26,16 @@ from tests.tasks import Task, local_scheduler, notes, run, wait_for, worker_proc
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    with Connection(workers=1, gpus=1) as connection:
-        yield connection.client()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "0")  # taken at its word
+        with Connection(workers=1) as connection:
+            yield connection.client()
+
+
+def test_more_gpus_than_are_visible_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    with pytest.raises(InputError, match=r"--gpus 3: 2 are visible"), Connection(gpus=3) as two:
+        two.client()
 
 
 def test_nothing_is_started_before_it_is_needed() -> None:
@@ -221,9 +229,11 @@ def test_the_dashboard_is_named_and_serves_the_metrics_of_both(tmp_path: Path) -
 
 
 DRIVER = """
+import os
 from aeheight.cluster import Connection
 if __name__ == "__main__":
-    with Connection(workers=2, gpus=1) as connection:
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0"
+    with Connection(workers=2) as connection:
         client = connection.client()
         print("up", flush=True)
         input()

@@ -1,6 +1,7 @@
 """What a map's windows, halo and shards are where the region file leaves them open."""
 
 from dataclasses import replace
+from math import ceil
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def extra(settings, template):
 
 @pytest.mark.parametrize(
     ("halo", "window", "shard"),
-    [(0, 1024, 1024), (32, 1088, 1024), (64, 1152, 1024), (96, 2240, 2048), (128, 2304, 2048)],
+    [(0, 1024, 1024), (32, 1088, 1024), (80, 1184, 1024), (96, 1472, 1280), (128, 2048, 1792)],
 )
 def test_the_halo_is_the_checkpoints_and_the_window_keeps_a_shard(halo, window, shard):
     found = settled(PredictSettings(), checkpoint(halo), cube())
@@ -74,7 +75,9 @@ def test_the_default_computes_little_twice_whatever_the_cubes_shard(halo, shard)
     """The grid's own edges, which reach past it, count too."""
     template = cube(shard=shard)
     found = settled(PredictSettings(), checkpoint(halo), template)
-    assert extra(found, template) <= 1.35 * 1.06
+    core = found.window - 2 * halo
+    filled = [ceil(size / core) * core / size for size in LARGE]
+    assert extra(found, template) <= 1.35 * filled[0] * filled[1]
     assert found.window % 32 == (found.window - 2 * found.halo) % 32 == 0
     same = settled(PredictSettings(), checkpoint(halo), cube())
     assert (found.window, found.halo) == (same.window, same.halo)
@@ -101,16 +104,35 @@ def test_small_ground_has_small_windows():
 def test_what_is_given_stays():
     given = PredictSettings(window=256, halo=64, batch=4)
     assert settled(given, checkpoint(0), cube(shard=512)) == given.model_copy(update={"shard": 512})
-    assert settled(PredictSettings(shard=2048), checkpoint(32), cube()).shard == 2048
+
+
+@pytest.mark.parametrize(
+    ("shard", "halo", "window"),
+    [(256, 80, 416), (2048, 32, 1088), (8192, 80, 1184), (2048, 96, 1216)],
+)
+def test_a_shard_that_is_given_holds_whole_windows(shard, halo, window):
+    found = settled(PredictSettings(shard=shard), checkpoint(halo), cube())
+    assert (found.shard, found.window) == (shard, window)
+
+
+def test_past_a_zones_edge_the_halo_is_no_wider_than_the_ground():
+    two = replace(cube(), grids=cube().grids * 2)
+    assert settled(PredictSettings(), checkpoint(160), two).halo == 128
+
+
+def test_squares_on_which_nothing_could_be_measured():
+    empty = replace(checkpoint(32), seams=Seams(64, 0, (), (), (), ()))
+    assert settled(PredictSettings(), empty, cube()).halo == UNMEASURED_HALO
 
 
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"window": 250, "halo": 64}, "window 250"),
-        ({"window": 256, "halo": 40}, "= 176"),
+        ({"window": 250, "halo": 64}, r"window \(250\)"),
+        ({"window": 256, "halo": 40}, "halo 40"),
         ({"window": 128, "halo": 64}, "no core"),
-        ({"shard": 1000}, r"predict.shard 1000 must be a multiple of cube.shard 1024"),
+        ({"halo": 72}, "A halo is a multiple of 16"),
+        ({"blend": 16}, "a blend of 32"),
     ],
 )
 def test_windows_that_do_not_fit_are_named(asked, words):
@@ -118,17 +140,21 @@ def test_windows_that_do_not_fit_are_named(asked, words):
         settled(PredictSettings(**asked), checkpoint(64), cube())
 
 
-def test_the_map_has_the_cubes_ground_in_larger_shards():
+@pytest.mark.parametrize("edge", [256, 512, 128, 384, 4096])
+def test_the_map_has_the_cubes_ground_in_shards_of_any_size(edge):
     ground = ((0, 0, 1), (1, 2, 5), (4, 3, 4))
     small = cube((5 * 256, 5 * 256), shard=256, ground=(ground,))
-    made = template(small, checkpoint(0), PredictSettings(shard=512))
+    made = template(small, checkpoint(0), PredictSettings(shard=edge))
     assert [layer.name for layer in made.layers] == ["height"]
-    covered = np.zeros(small.grids[0].shape, bool)
-    for shard in made.shards("height"):
-        covered[shard.region.slices] = True
+    ground = np.zeros(small.grids[0].shape, bool)
     for shard in small.shards("embedding"):
-        assert covered[shard.region.slices].all()
-    assert len(made.shards("height")) == 4
+        ground[shard.region.slices] = True
+    shards = made.shards("height")
+    for shard in shards:
+        assert ground[shard.region.slices].any()
+        ground[shard.region.slices] = False
+    assert not ground.any()
+    assert len(set(shards)) == len(shards)
 
 
 def test_novelty_is_a_layer_where_the_model_knows_it():

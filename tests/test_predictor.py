@@ -184,17 +184,20 @@ def test_missing_neighbours_are_seen_as_zeros_and_poison_nobody(wild):
 # --- memory ------------------------------------------------------------------------------------
 
 
+GPU_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
 class Cramped(torch.nn.Module):
     """A network on a device with room for so many windows."""
 
-    def __init__(self, network, room):
+    def __init__(self, network, room, error=GPU_FULL):
         super().__init__()
-        self.network, self.room, self.sizes = network, room, []
+        self.network, self.room, self.error, self.sizes = network, room, error, []
 
     def forward(self, values):
         self.sizes.append(len(values))
         if len(values) > self.room:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            raise self.error
         return self.network(values)
 
 
@@ -217,6 +220,25 @@ def test_out_of_memory_halves_the_batch_and_says_so(wild, room, sizes):
     np.testing.assert_allclose(heights, whole, atol=1e-3, rtol=0)
     predictor(codes)
     assert predictor._model.network.sizes[len(sizes) :] == [sizes[-1]] * (4 // sizes[-1])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+        ),
+        RuntimeError("could not create a primitive"),  # oneDNN's, seen under RLIMIT_AS
+        RuntimeError("std::bad_alloc"),
+        MemoryError(),
+    ],
+    ids=repr,
+)
+def test_a_lack_of_memory_has_many_words(wild, error):
+    predictor = Predictor(checkpoint_of(UNET, "ridge", wild))
+    predictor._model.network = Cramped(predictor._model.network, 1, error)
+    predictor(codes_of(2, BANDS, 64, 64))
+    assert predictor._model.network.sizes == [2, 1, 1]
 
 
 def test_one_window_that_does_not_fit_is_named(wild):

@@ -1,12 +1,12 @@
 """How a map is covered: the network's windows, the halo that is cut, the map's own shards.
 
-What the region file leaves open follows from the checkpoint and the grid alone, never from how the
-cube is cut or who computes.
+What the region file leaves open of the windows follows from the checkpoint and the grid alone,
+never from how the cube is cut or who computes.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
-from math import ceil, lcm
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,17 @@ from aeheight.errors import InputError
 from aeheight.inference import predict_region
 from aeheight.models import Checkpoint
 from aeheight.predictor import Predictor, best_device
-from aeheight.settings import PredictSettings
+from aeheight.settings import CubeSettings, PredictSettings
 from aeheight.template import Layer, Shard, Template
-from aeheight.windows import STRIDE, Lattice, Region, Shape, coarser
+from aeheight.windows import STRIDE, Lattice, Region, Shape, recut
 
 UNMEASURED_HALO = 64
 """Pixels, for a network whose training measured none."""
 _CORE = 1024
 """Pixels that a window keeps: with a halo of 64 it takes 2.8 GB in float32, and 1.27 x the area."""
+_CORE_STEP = 256
 _LARGEST_CORE = 2048
-_LARGEST_SHARD = 8192
+_HALO_STEP = STRIDE // 2
 _MOST_EXTRA = 1.35
 """Computed pixels for every pixel of the map."""
 
@@ -38,25 +39,31 @@ def lattice(settings: PredictSettings, shape: Shape) -> Lattice:
     return Lattice(shape, settings.window, settings.halo, settings.blend)
 
 
+def batches_of(settings: PredictSettings, made: Template, group: str, region: Region) -> int:
+    """Forward passes that a region of a group takes; the last is filled up."""
+    return ceil(lattice(settings, made.grid(group).shape).count(region) / settings.batch)
+
+
 def settled(settings: PredictSettings, checkpoint: Checkpoint, cube: Template) -> PredictSettings:
     """The settings with window, halo and shard as numbers.
 
     Raises:
         InputError: windows that a network would see in different ways.
     """
-    cut, shard = cube.cut.shard, settings.shard
-    if shard and shard % cut:
-        raise InputError(f"predict.shard {shard} must be a multiple of cube.shard {cut}")
-    halo = halo_of(checkpoint) if settings.halo is None else settings.halo
+    halo = settings.halo
+    if halo is None:
+        halo = halo_of(checkpoint)
+        if len(cube.grids) > 1:  # there is no more ground past a zone's edge
+            halo = min(halo, cube.cut.halo // _HALO_STEP * _HALO_STEP)
     largest = max(size for grid in cube.grids for size in grid.shape)
-    wanted = shard if shard and shard % STRIDE == 0 else _core(halo + settings.blend // 2)
-    core = min(wanted, ceil(largest / STRIDE) * STRIDE)
+    core = _core(halo + settings.blend // 2, settings.shard)
+    core = min(core, ceil(largest / STRIDE) * STRIDE)
     window = settings.window or core + 2 * halo + settings.blend
     found = settings.model_copy(update={"halo": halo, "window": window})
     if checkpoint.weights:
         check_windows(found)
-    stride = lattice(found, (1, 1)).stride
-    return found.model_copy(update={"shard": shard or _shard(stride, cut, largest)})
+    shard = settings.shard or _shard(lattice(found, (1, 1)).stride, cube.cut, largest)
+    return found.model_copy(update={"shard": shard})
 
 
 def halo_of(checkpoint: Checkpoint) -> int:
@@ -67,20 +74,28 @@ def halo_of(checkpoint: Checkpoint) -> int:
         return UNMEASURED_HALO
     enough = checkpoint.seams.halo(checkpoint.rmse)
     # Where even the widest that was measured is not enough, none below it is either.
-    return max(UNMEASURED_HALO, *checkpoint.seams.halos) if enough is None else enough
+    return max((UNMEASURED_HALO, *checkpoint.seams.halos)) if enough is None else enough
 
 
-def _core(margin: int) -> int:
-    core = _CORE
-    while core < _LARGEST_CORE and (1 + 2 * margin / core) ** 2 > _MOST_EXTRA:
-        core *= 2
-    return core
+def _core(margin: int, shard: int | None) -> int:
+    """Pixels that a window keeps: the fewest for which it computes at most 1.35 times the area.
+
+    Of a shard that is given, the largest part that divides it.
+    """
+    cores = range(_CORE, _LARGEST_CORE, _CORE_STEP)
+    core = next((c for c in cores if (1 + 2 * margin / c) ** 2 <= _MOST_EXTRA), _LARGEST_CORE)
+    if shard is None or shard % STRIDE:
+        return core
+    parts = (shard // k for k in range(1, shard // STRIDE + 1) if shard % (k * STRIDE) == 0)
+    return next((part for part in parts if part <= core), STRIDE)
 
 
-def _shard(core: int, cut: int, largest: int) -> int:
-    """The smallest multiple of the cube's shard that whole cores fill, within reason."""
-    common = lcm(core, cut)
-    return common if common <= _LARGEST_SHARD and largest > cut else cut
+def _shard(core: int, cut: CubeSettings, largest: int) -> int:
+    """The smallest multiple of a window's core that is no less than the cube's shard."""
+    if largest <= cut.shard:
+        return cut.shard
+    shard = ceil(cut.shard / core) * core
+    return cut.shard if shard % cut.chunk else shard
 
 
 def check_windows(settings: PredictSettings) -> None:
@@ -89,16 +104,14 @@ def check_windows(settings: PredictSettings) -> None:
     Raises:
         InputError: window or stride is no multiple of the network's stride.
     """
-    window, halo = settings.window, settings.halo
-    if window is None or halo is None:
-        stride = 0 if window is None else window
-    else:
-        stride = lattice(settings, (1, 1)).stride
-    if stride % STRIDE or (window or 0) % STRIDE:
+    window, halo = settings.window or 0, settings.halo
+    margins = 2 * (halo or 0) + settings.blend
+    if window % STRIDE or (halo is not None and margins % STRIDE):
         raise InputError(
-            f"predict: window {window} and its stride (window - 2*halo - blend = {stride})"
-            f" must be multiples of {STRIDE}, the network's own stride: elsewhere the same ground "
-            "gives other heights; for example window 256 with halo 64"
+            f"predict: a window ({window or 'open'}) and its stride (window - 2*halo - blend, with "
+            f"halo {halo} and blend {settings.blend}) must be multiples of {STRIDE}, the network's "
+            "own stride: elsewhere the same ground gives other heights; for example window 256 "
+            f"with halo 64. A halo is a multiple of {_HALO_STEP}, a blend of {STRIDE}"
         )
 
 
@@ -128,8 +141,8 @@ def template(cube: Template, checkpoint: Checkpoint, settings: PredictSettings) 
         cut=cube.cut.model_copy(update={"shard": settings.shard}),
         title=cube.title.replace("cube", "heights", 1),
         ground=tuple(
-            runs if runs is None else coarser(runs, settings.shard // cube.cut.shard)
-            for runs in cube.ground
+            runs if runs is None else recut(runs, cube.cut.shard, settings.shard, grid.shape)
+            for runs, grid in zip(cube.ground, cube.grids, strict=False)
         ),
     )
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from aeheight.cluster import Client, clock
+from aeheight.cluster import clock, on_each_worker
 from aeheight.cube import Tree, open_tree
 from aeheight.models import Checkpoint
-from aeheight.settings import Device, PredictSettings
-from aeheight.steps.cover import compute, lattice, predictor_for
+from aeheight.settings import PredictSettings
+from aeheight.steps.cover import batches_of, compute, lattice, predictor_for
 from aeheight.steps.run import Run
 from aeheight.store import Store
 from aeheight.template import Shard
@@ -30,22 +30,22 @@ _SPOTS = 8
 class Pace:
     """How fast all workers are together."""
 
-    windows_per_second: float
+    batches_per_second: float
     workers: int
     device: str
 
-    def seconds(self, windows: int) -> float:
-        """For so many windows."""
-        return windows / self.windows_per_second
+    def seconds(self, batches: int) -> float:
+        """For so many batches."""
+        return batches / self.batches_per_second
 
-    def facts(self, windows: int) -> dict[str, Any]:
-        """For a plan with so many windows to go."""
+    def facts(self, batches: int) -> dict[str, Any]:
+        """For a plan with so many batches to go."""
         return {
             "workers": self.workers,
             "device": self.device,
-            "windows_per_second": float(f"{self.windows_per_second:.3g}"),
-            "estimated_seconds": round(self.seconds(windows)),
-            "estimated_time": clock(self.seconds(windows)),
+            "batches_per_second": float(f"{self.batches_per_second:.3g}"),
+            "estimated_seconds": float(f"{self.seconds(batches):.3g}"),
+            "estimated_time": clock(self.seconds(batches)),
         }
 
 
@@ -84,28 +84,12 @@ def pace(
     client = run.connection.client()
     spots = tuple(shards[k] for k in np.linspace(0, len(shards) - 1, _SPOTS).astype(int))
     timing = _Timing(cube.store.uri, cube.version, settings, spots)
-    found = _on_each_worker(client, timing, model, settings.device)
+    found = on_each_worker(client, timing, model, settings.device)
     rates = [rate for rate, _ in found if rate]
     if not rates:
         return None
-    device = ", ".join(sorted({device for _, device in found}))
+    device = "; ".join(sorted({device for _, device in found}))
     return Pace(sum(rates) / len(rates) * len(found), len(found), device)
-
-
-def _on_each_worker(
-    client: Client, timing: "_Timing", model: bytes, device: Device
-) -> list[tuple[float | None, str]]:
-    """What came of a timing on every worker that predicts; errors are left out."""
-    workers = client.scheduler_info(n_workers=-1)["workers"]
-    gpus = [address for address, worker in workers.items() if "GPU" in worker["resources"]]
-    chosen = gpus if gpus and device != "cpu" else list(workers)
-    (there,) = client.scatter([model], broadcast=True)
-    running = [
-        client.submit(timing, there, workers=[address], pure=False, key=f"timing-{address}")
-        for address in chosen
-    ]
-    found: list[tuple[float | None, str]] = client.gather(running, errors="skip")
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,21 +102,21 @@ class _Timing:
     spots: tuple[Shard, ...]
 
     def __call__(self, model: bytes) -> tuple[float | None, str]:
-        """Windows a second, and the device."""
+        """Batches a second, and the device."""
         cube, checkpoint = open_tree(Store(self.cube)), Checkpoint.from_bytes(model)
         predictor = predictor_for(checkpoint, self.settings)
         seconds: list[float] = []
+        batches: list[int] = []
         for shard in self.spots:
             started = time.monotonic()
             region = self._first_batch(cube, shard)
             values = compute(cube, predictor, self.settings, shard, region)
             if not np.isnan(values[0]).all():
                 seconds.append(time.monotonic() - started)
+                batches.append(batches_of(self.settings, cube.template, shard.group, region))
             if len(seconds) > _TIMED:
                 break
-        timed = seconds[1:]
-        rate = self.settings.batch * len(timed) / sum(timed) if timed else None
-        return rate, predictor.device
+        return (sum(batches[1:]) / sum(seconds[1:]) if seconds[1:] else None), predictor.device
 
     def _first_batch(self, cube: Tree, shard: Shard) -> Region:
         """The ground that the first windows of a shard keep."""
@@ -148,9 +132,9 @@ def remember(store: Store, session: Session) -> None:
 
 
 def sessions(store: Store) -> list[dict[str, Any]]:
-    """All runs of predict that made a map, in order; empty where none is noted."""
+    """All runs of predict that made a map, in order; empty where none is noted, or legible."""
     try:
         found: list[dict[str, Any]] = json.loads(store.read(SESSIONS))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # a damaged note of times is worth no map
         return []
     return found

@@ -6,7 +6,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from aeheight.cluster import Outcome, Progress, run_shards
+from aeheight.cluster import Outcome, Progress, run_shards, wants_gpu
 from aeheight.cube import Tree, find, open_tree
 from aeheight.errors import InputError, NotYetError
 from aeheight.receipts import Ledger, Receipt, inspect
@@ -50,11 +50,17 @@ def _check(run: Run, steps: Sequence[str]) -> None:
     Raises:
         InputError: an unknown encoder, a split's file, or windows that do not fit the network.
     """
+    predict = run.settings.predict
     if "train" in steps:
         import_module("aeheight.models").build(run.settings.model)
         _step("split").split_settings(run.settings)
         if "predict" in steps and run.settings.model.architecture != "ridge":
-            _step("cover").check_windows(run.settings.predict)
+            _step("cover").check_windows(predict)
+    elif "predict" in steps and run.options.checkpoint is not None:
+        checkpoint = _step("train").load_checkpoint(run)
+        if checkpoint.weights:
+            halo = _step("cover").halo_of(checkpoint) if predict.halo is None else predict.halo
+            _step("cover").check_windows(predict.model_copy(update={"halo": halo}))
 
 
 def show_plans(run: Run, steps: Sequence[str], say: Say) -> int:
@@ -81,6 +87,8 @@ def execute(run: Run, steps: Sequence[str], say: Say) -> int:
     """
     with run.held(), run.connection:
         _check(run, steps)
+        if "predict" in steps and run.settings.predict.device == "gpu":
+            wants_gpu(run.connection.client(), "gpu")  # before hours of ingest and training
         for step in steps:
             outcome: Outcome = _step(step).execute(run)
             say(
@@ -242,15 +250,24 @@ def verify(run: Run, say: Say, *, repair: bool) -> int:
             ["run again with --repair to make just these shards again"],
         )
         return 1
+    if "predict" in damaged:  # with the very model and windows that the map was made with
+        run = _as_made(run)
     with run.held():
         for label, _, ledger, _ in ledgers:
             ledger.forget(damaged.get(label, set()))
         if "split" in damaged:
             _step("split").record_split(run)
-    if "predict" in damaged:  # with the very model that the map was made with
-        model = f"{run.ledger('heights').store.uri}/{_step('predict').MODEL}"
-        run = replace(run, options=replace(run.options, checkpoint=model))
     return execute(run, [step for step in STEPS if step in damaged], say)
+
+
+def _as_made(run: Run) -> Run:
+    """The run with the model and the settings that its map was made with."""
+    ledger = run.ledger("heights")
+    options = replace(run.options, checkpoint=f"{ledger.store.uri}/{_step('predict').MODEL}")
+    predict = run.settings.predict.model_validate((ledger.settings() or {})["predict"])
+    return replace(
+        run, options=options, settings=run.settings.model_copy(update={"predict": predict})
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,13 +3,15 @@
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import ceil
 from typing import Any
 
 import numpy as np
 
-from aeheight.cluster import Outcome, least_memory
+from aeheight.cluster import Outcome, least_memory, wants_gpu
 from aeheight.cube import Tree, create, open_tree, remove_tree
 from aeheight.embeddings import BANDS
 from aeheight.errors import InputError
@@ -17,7 +19,7 @@ from aeheight.models import Checkpoint
 from aeheight.predictor import Predictor
 from aeheight.receipts import Ledger, Receipt, receipt_for
 from aeheight.settings import PredictSettings, fingerprint
-from aeheight.steps.cover import compute, lattice, predictor_for, settled, template
+from aeheight.steps.cover import batches_of, compute, lattice, predictor_for, settled, template
 from aeheight.steps.estimate import Pace, Session, pace, remember
 from aeheight.steps.run import Made, Plan, Run, carry_out, human_bytes
 from aeheight.steps.train import load_checkpoint
@@ -34,7 +36,7 @@ _NETWORK_BYTES_PER_PIXEL = 2_100
 _PROCESS_BYTES = 1_000_000_000
 _TASKS = 2
 """Tasks that a worker of this machine has at hand: one computes, one reads or writes."""
-_TOLERANCE = 0.7
+_TOLERANCE = 0.8
 """Of the memory that is foreseen, an upper bound: a worker with less may not begin."""
 _WORTH_TIMING = 16
 """Batches: with fewer to go, timing a few first would cost more than it tells."""
@@ -67,9 +69,9 @@ class _Work:
         return work
 
     def begun_with(self) -> dict[str, Any]:
-        """All that the map depends on."""
+        """All that the map depends on; what computed it stands in the receipts."""
         return {
-            "predict": self.settings.model_dump(mode="json"),
+            "predict": self.settings.model_dump(mode="json", exclude={"device"}),
             "checkpoint": self.checkpoint.digest,
             "cube": self.cube.identity,
         }
@@ -98,6 +100,10 @@ class _Work:
         shape = self.template.grid(shard.group).shape
         return lattice(self.settings, shape).count(shard.region)
 
+    def batches(self, shards: Sequence[Shard]) -> int:
+        """How many forward passes some shards take."""
+        return sum(batches_of(self.settings, self.template, s.group, s.region) for s in shards)
+
     def hull(self, shard: Shard) -> Region:
         """What a shard's task reads."""
         return lattice(self.settings, self.template.grid(shard.group).shape).hull(shard.region)
@@ -109,12 +115,36 @@ class _Work:
 
     @property
     def worker_bytes(self) -> int:
-        """What a worker process takes at its peak, with all tasks that it has at hand."""
-        hull = max((self.hull(shard).size for shard in self.template.shards("height")), default=0)
-        assert self.settings.window is not None
-        window = self.settings.batch * self.settings.window**2
+        """What a worker process without a GPU takes at most, with all tasks that it has at hand."""
+        settings, layers = self.settings, len(self.template.layers)
+        assert settings.window is not None
+        assert settings.shard is not None
+        windows = lattice(settings, (settings.shard, settings.shard))
+        cells = ceil(settings.shard / windows.stride) + (settings.shard % windows.stride > 0)
+        hull = (cells * windows.stride + 2 * windows.margin) ** 2
+        batch = settings.batch * settings.window**2
         network = _NETWORK_BYTES_PER_PIXEL if self.checkpoint.weights else BANDS * 8
-        return _PROCESS_BYTES + _TASKS * (hull + window) * (BANDS + 20) + window * network
+        sums = settings.shard**2 * 4 * layers * (6 if settings.blend else 2)
+        return _PROCESS_BYTES + _TASKS * ((hull + 2 * batch) * (BANDS + 4) + sums) + batch * network
+
+    def unfit(self, run: Run) -> str | None:
+        """Why the workers cannot do this, with the remedy; None where they can.
+
+        Raises:
+            InputError: a GPU is asked for, and no worker has one.
+        """
+        client = run.connection.client()
+        if wants_gpu(client, self.settings.device):
+            return None
+        least = least_memory(client)
+        if least is None or least >= self.worker_bytes * _TOLERANCE:
+            return None
+        return (
+            f"a worker may take {human_bytes(self.worker_bytes)} for windows of "
+            f"{self.settings.window} px, {self.settings.batch} at a time, and the smallest has "
+            f"{human_bytes(least)}: give workers more memory (fewer --workers on this machine), or "
+            "make predict.shard (or predict.window, predict.batch) smaller"
+        )
 
     def _check(self) -> None:
         cube, checkpoint = self.cube.template, self.checkpoint
@@ -138,10 +168,11 @@ class _Work:
 
 
 def plan(run: Run) -> Plan:
-    """What predict would compute, from metadata alone; its time from a few windows.
+    """What predict would compute, from metadata; its time from a few windows on every worker.
 
     Raises:
-        InputError: no cube, no checkpoint, or windows that do not fit the model.
+        InputError: no cube, no checkpoint, windows that do not fit the model, or no GPU where one
+            is asked for.
     """
     work = _Work.of(run)
     ledger, settings = run.ledger("heights"), work.settings
@@ -149,10 +180,9 @@ def plan(run: Run) -> Plan:
         ledger.check(work.begun_with(), "predict")
     shards = work.shards(run)
     pending = shards if run.options.overwrite else ledger.pending(shards)
-    known = work.pace(run, pending) if pending else None
-    windows, area = sum(map(work.windows, shards)), sum(shard.region.size for shard in shards)
-    hulls = [work.hull(shard).size for shard in shards]
+    area = sum(shard.region.size for shard in shards)
     assert settings.window is not None
+    computed = work.batches(shards) * settings.batch * settings.window**2
     return Plan(
         "predict",
         {
@@ -161,35 +191,47 @@ def plan(run: Run) -> Plan:
             "shards": len(shards),
             "pending": len(pending),
             "shard_px": settings.shard,
-            "windows": windows,
+            "windows": sum(map(work.windows, shards)),
             "window_px": settings.window,
             "halo_px": settings.halo,
-            "extra_computation": round(windows * settings.window**2 / area, 2),
-            "bytes_to_read": sum(hulls) * BANDS,
+            "extra_computation": round(computed / area, 2),
+            "bytes_to_read": sum(work.hull(shard).size for shard in shards) * BANDS,
             "bytes_to_write": area * 4 * len(work.template.layers),
             "peak_worker_bytes": work.worker_bytes,
-            **({} if known is None else known.facts(sum(map(work.windows, pending)))),
+            **(_foreseen(run, work, pending) if pending else {}),
         },
     )
+
+
+def _foreseen(run: Run, work: _Work, pending: Sequence[Shard]) -> dict[str, Any]:
+    """What the workers that are there make of it."""
+    if unfit := work.unfit(run):
+        return {"refused": unfit}
+    known = work.pace(run, pending)
+    return {} if known is None else known.facts(work.batches(pending))
 
 
 def execute(run: Run) -> Outcome:
     """Predict every pending shard.
 
     Raises:
-        InputError: see `plan`; or another model or other settings than those the map began with.
+        InputError: see `plan`; workers too small; or another model or other settings than those
+            the map began with.
     """
     work, ledger = _Work.of(run), run.ledger("heights")
-    if run.options.overwrite:
-        _refuse_small_workers(run, work)
+    overwrite = run.options.overwrite
+    if not overwrite:
+        ledger.check(work.begun_with(), "predict")
+    shards = work.shards(run)
+    pending = shards if overwrite else ledger.pending(shards)
+    if pending and (unfit := work.unfit(run)):
+        raise InputError(unfit)
+    if overwrite:
         run.discard(ledger.store)
         remove_tree(run.heights)
-    else:
-        ledger.check(work.begun_with(), "predict")
     tree = create(run.heights, work.template)
     ledger = ledger.begin(work.begun_with() | {"heights": tree.identity})
-    if not ledger.store.exists(MODEL):
-        ledger.store.write(MODEL, work.checkpoint.to_bytes())
+    _keep_model(ledger.store, work.checkpoint)
     task = Predict(
         work.cube.store.uri,
         tree.store.uri,
@@ -199,21 +241,16 @@ def execute(run: Run) -> Outcome:
         ledger.key,
         work.settings,
     )
-    shards = work.shards(run)
-    pending = ledger.pending(shards)
-    if pending:
-        _refuse_small_workers(run, work)
-    windows = sum(map(work.windows, pending))
-    worth = windows >= _WORTH_TIMING * work.settings.batch
-    known = work.pace(run, pending) if worth else None
+    batches = work.batches(pending)
+    known = work.pace(run, pending) if batches >= _WORTH_TIMING else None
     outcome = carry_out(run, "predict", ledger, shards, task, work.settings.device)
     if pending:
         session = Session(
-            estimate_seconds=round(known.seconds(windows), 1) if known else None,
+            estimate_seconds=round(known.seconds(batches), 1) if known else None,
             seconds=round(outcome.seconds, 1),
             shards=outcome.done,
             failed=len(outcome.failed),
-            windows=windows,
+            windows=sum(map(work.windows, pending)),
             workers=known.workers if known else None,
             device=known.device if known else None,
         )
@@ -221,17 +258,15 @@ def execute(run: Run) -> Outcome:
     return outcome
 
 
-def _refuse_small_workers(run: Run, work: _Work) -> None:
-    """Met here, and not by a kernel that kills one worker after the other."""
-    least = least_memory(run.connection.client())
-    if least is not None and least < work.worker_bytes * _TOLERANCE:
-        settings = work.settings
-        raise InputError(
-            f"a worker may take {human_bytes(work.worker_bytes)} for windows of {settings.window} "
-            f"px, {settings.batch} at a time, and the smallest has {human_bytes(least)}: give "
-            "workers more memory (fewer --workers on this machine), or make predict.shard (or "
-            "predict.window, predict.batch) smaller"
-        )
+def _keep_model(store: Store, checkpoint: Checkpoint) -> None:
+    """Put the checkpoint where workers read it, unless it is there.
+
+    Another may be: of a map that was begun, and of which no shard was made.
+    """
+    with suppress(FileNotFoundError, InputError):
+        if Checkpoint.from_bytes(store.read(MODEL)).digest == checkpoint.digest:
+            return
+    store.write(MODEL, checkpoint.to_bytes())
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +297,7 @@ class Predict:
             receipt_for(shard, values[0], digest, ~np.isnan(values[0]), self.key, started),
             further=further,
             remarks=tuple(tools.predictor.remarks),
+            device=tools.predictor.device,
         )
         Ledger(Store(self.ledger)).leave(receipt)
         return receipt

@@ -65,12 +65,15 @@ def summarise(
         classes: the edges of the classes of each criterion.
     """
     ledger = run.ledger("report").current()
-    tables, pictures = [], []
-    for shard in sorted(shards, key=lambda shard: shard.name):
-        arrays = _read_part(ledger, shard)
-        tables.append(load(arrays.pop("sums").tobytes()))
-        pictures.append((shard, arrays))
-    sums = merge_tables(tables)
+    pictures: list[tuple[Shard, dict[str, NDArray[Any]]]] = []
+
+    def tables() -> Iterator[Sums]:  # one at a time: each has its histograms
+        for shard in sorted(shards, key=lambda shard: shard.name):
+            arrays = _read_part(ledger, shard)
+            yield load(arrays.pop("sums").tobytes())
+            pictures.append((shard, arrays))
+
+    sums = merge_tables(tables())
     metrics = _metrics(run, cube, year, sums, checkpoint, classes)
     text = json.dumps(metrics, indent=1, allow_nan=False)
     run.report.write("metrics.json", text.encode())
@@ -222,15 +225,13 @@ def _report(
         scatter=scatter.dense(trim=0.0005) if stats.n else None,
         errors=stats.errors() if stats.n else None,
         history=checkpoint.history,
-        prediction=_prediction(run, heights, checkpoint, metrics["model"][judged]["rmse"]),
+        prediction=_prediction(run, heights, checkpoint),
         cost=cost,
         notes=remarks + _notes(run, checkpoint),
     )
 
 
-def _prediction(
-    run: Run, heights: Template, checkpoint: Checkpoint, rmse: float | None
-) -> Prediction | None:
+def _prediction(run: Run, heights: Template, checkpoint: Checkpoint) -> Prediction | None:
     """How the map was computed, from what its ledger says; None where that says too little."""
     ledger = run.ledger("heights")
     settings = (ledger.settings() or {}).get("predict") or {}
@@ -245,7 +246,7 @@ def _prediction(
         halo_px=halo,
         extra=windows * window**2 / sum(shard.region.size for shard in shards),
         seams=checkpoint.seams,
-        limit=None if rmse is None else SHARE * rmse,
+        limit=None if checkpoint.rmse is None else SHARE * checkpoint.rmse,
         sessions=sessions(ledger.store),
     )
 
@@ -297,6 +298,7 @@ def _told(run: Run) -> tuple[dict[str, dict[str, float | None]], list[str]]:
     """
     cost: dict[str, dict[str, float | None]] = {}
     remarks: Counter[str] = Counter()
+    devices: Counter[str] = Counter()
     for step, ledger in (("ingest", "cube"), ("predict", "heights"), ("evaluate", "report")):
         current = run.ledger(ledger).current()
         shards, pixels, seconds = 0, 0, 0.0
@@ -304,12 +306,19 @@ def _told(run: Run) -> tuple[dict[str, dict[str, float | None]], list[str]]:
             shards, pixels = shards + 1, pixels + receipt.pixels
             seconds += receipt.seconds
             remarks.update(receipt.remarks)
+            devices.update([receipt.device] if receipt.device else [])
         cost[step] = {
             "shards": shards,
             "task_seconds": round(seconds, 1),
             "pixels_per_task_second": round(pixels / seconds) if seconds else None,
         }
-    return cost, [f"{remark} ({count} shards)." for remark, count in sorted(remarks.items())]
+    told = [f"{remark} ({count} shards)." for remark, count in sorted(remarks.items())]
+    if len(devices) > 1:
+        shares = ", ".join(
+            f"{count} shards on {device}" for device, count in sorted(devices.items())
+        )
+        told.append(f"Predicted on unlike devices, which round unlike: {shares}.")
+    return cost, told
 
 
 def _notes(run: Run, checkpoint: Checkpoint) -> list[str]:

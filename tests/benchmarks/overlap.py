@@ -28,11 +28,11 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import dask
 import dask.array as da
 import numpy as np
 import yaml
 import zarr
+from dask.base import optimize
 from distributed import LocalCluster
 from numpy.typing import NDArray
 
@@ -107,7 +107,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--edge", type=int, default=4096, help="of the cube; in facts: 8192")
     parser.add_argument("--block", type=int, default=2048, help="a task's pixels")
     parser.add_argument("--shard", type=int, default=1024, help="of the cube")
-    parser.add_argument("--core", type=int, default=512, help="pixels that a window of ours keeps")
+    parser.add_argument("--core", type=int, default=256, help="pixels that a window of ours keeps")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=3)
     return parser.parse_args()
@@ -120,7 +120,8 @@ def model(codes: NDArray[np.int8]) -> NDArray[np.float32]:
     rows = sum(first[k : len(first) - size + 1 + k] for k in range(size))
     box = sum(rows[:, k : rows.shape[1] - size + 1 + k] for k in range(size))
     middle = codes[:, REACH:-REACH, REACH:-REACH]
-    return box / np.float32(size**2) + middle.sum(axis=0, dtype=np.int16)
+    found: NDArray[np.float32] = box / np.float32(size**2) + middle.sum(axis=0, dtype=np.int16)
+    return found
 
 
 def measured(cube: Tree, work: Path, options: argparse.Namespace) -> dict[str, Took]:
@@ -162,7 +163,7 @@ def theirs(_: Client, cube: Tree, work: Path, options: argparse.Namespace) -> Ca
 def _stored(heights: Any, target: Any) -> int:
     """Computes it; the number of tasks."""
     storing = da.to_zarr(heights, target, compute=False)
-    (optimised,) = dask.optimize(storing)
+    (optimised,) = optimize(storing)
     storing.compute()
     return len(optimised.dask)
 

@@ -21,7 +21,7 @@ import io
 import math
 import os
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -413,7 +413,7 @@ class Stages:
         self._predictor = predictor_for(checkpoint, job.settings)
         self._heights = create(Store.at(work / "stages.zarr"), made)
         self._ledger = Ledger(Store.at(work / "stages.receipts"), "key")
-        self.spent: Counter[str] = Counter()
+        self.spent: defaultdict[str, float] = defaultdict(float)
         """CPU seconds of this process, all its threads."""
 
     def make(self, shard: Shard) -> None:
@@ -446,9 +446,10 @@ class Stages:
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
         """Less what is timed inside."""
-        before, others = time.process_time(), self.spent.total()
+        before, others = time.process_time(), sum(self.spent.values())
         yield
-        self.spent[stage] += time.process_time() - before - (self.spent.total() - others)
+        inside = sum(self.spent.values()) - others
+        self.spent[stage] += time.process_time() - before - inside
 
 
 if __name__ == "__main__":
