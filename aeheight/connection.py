@@ -21,6 +21,7 @@ from distributed.comm.addressing import parse_address
 from distributed.comm.registry import get_backend
 from distributed.diagnostics.plugin import WorkerPlugin
 from distributed.system import MEMORY_LIMIT
+from distributed.utils import silence_logging_cmgr
 
 from aeheight.errors import InputError
 
@@ -144,6 +145,8 @@ class Connection:
                 "--scheduler out to work on this machine"
             ) from error
         try:
+            # A scheduler that goes away is one message, and not Dask's tracebacks before it.
+            self._opened.enter_context(silence_logging_cmgr(logging.CRITICAL))
             self._opened.enter_context(client)
             client.wait_for_workers(1, timeout=self._patience)
         except TimeoutError as error:
