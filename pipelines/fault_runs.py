@@ -47,6 +47,8 @@ class Result:
     code: int
     text: str
     """All that it printed."""
+    log: Path
+    """Where that is kept."""
 
     def expect(self, code: int, *words: str) -> "Result":
         """Itself, if it is as expected.
@@ -56,8 +58,10 @@ class Result:
         """
         missing = [word for word in words if word not in self.text]
         if self.code != code or missing or "Traceback" in self.text:
-            wanted = f"exit code {code}" + "".join(f", {word!r}" for word in missing)
-            raise UnexpectedError(f"wanted {wanted}; exit code {self.code}:\n{self.text}")
+            wanted = [f"exit code {code}", *map(repr, missing), "no traceback"]
+            raise UnexpectedError(
+                f"wanted {', '.join(wanted)}; got exit code {self.code}, see {self.log}"
+            )
         return self
 
     def line(self, word: str) -> str:
@@ -102,7 +106,7 @@ class Driver:
         """
         wait_for(lambda: condition() or self.process.poll() is not None, what)
         if not condition():
-            raise UnexpectedError(f"the command ended before {what}:\n{self.said()}")
+            raise UnexpectedError(f"the command ended before {what}, see {self.log}")
 
     def kill(self) -> None:
         """End it and what it started, as `kill -9` does."""
@@ -115,8 +119,8 @@ class Driver:
 
     def end(self) -> Result:
         """Wait for it."""
-        wait_for(lambda: self.process.poll() is not None, f"the end of the command:\n{self.said()}")
-        return Result(self.process.returncode, self.said())
+        wait_for(lambda: self.process.poll() is not None, f"the end of the command, see {self.log}")
+        return Result(self.process.returncode, self.said(), self.log)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,9 +178,8 @@ class Part:
 
     def half(self, *options: str, change: str = "") -> int:
         """Predict until the driver is killed with -9 on the way; returns the shards done."""
-        whole = len(self.codes())
         with self.started("predict", *options, change=change) as driver:
-            driver.wait_until(lambda: len(self.receipts()) >= whole // 4, "a quarter was done")
+            driver.wait_until(self.receipts, "a shard was done")
             driver.kill()
         return len(self.receipts())
 

@@ -61,7 +61,7 @@ def test_sessions_are_kept_in_order(tmp_path):
     store = Store.at(tmp_path)
     assert sessions(store) == []
     for shards in (3, 5):
-        remember(store, Session(None, 1.5, shards, 0, 9, None, None))
+        remember(store, Session(None, 1.5, shards, 0, 9, 2, None))
     assert [session["shards"] for session in sessions(store)] == [3, 5]
     store.write(SESSIONS, b'[{"seco')
     assert sessions(store) == []

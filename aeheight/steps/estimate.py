@@ -45,8 +45,14 @@ class Pace:
             "device": self.device,
             "batches_per_second": float(f"{self.batches_per_second:.3g}"),
             "estimated_seconds": float(f"{self.seconds(batches):.3g}"),
-            "estimated_time": clock(self.seconds(batches)),
         }
+
+    def told(self, batches: int, *, as_json: bool) -> str:
+        """A line before the work begins."""
+        if as_json:
+            return json.dumps({"step": "predict", **self.facts(batches)})
+        seconds = clock(self.seconds(batches))
+        return f"predict   {seconds} foreseen, on {self.workers} workers ({self.device})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +66,10 @@ class Session:
     shards: int
     failed: int
     windows: int
-    workers: int | None
-    """None: not asked."""
+    workers: int
+    """That were there at its end."""
     device: str | None
+    """None: not asked."""
 
 
 def pace(

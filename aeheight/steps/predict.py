@@ -1,5 +1,6 @@
 """Predict: the cube and a checkpoint to a map of heights, one shard a task."""
 
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -194,6 +195,9 @@ def plan(run: Run) -> Plan:
             "windows": sum(map(work.windows, shards)),
             "window_px": settings.window,
             "halo_px": settings.halo,
+            "halo": _halo_from(run, work.checkpoint),
+            "batch": settings.batch,
+            "layers": [layer.name for layer in work.template.layers],
             "extra_computation": round(computed / area, 2),
             "bytes_to_read": sum(work.hull(shard).size for shard in shards) * BANDS,
             "bytes_to_write": area * 4 * len(work.template.layers),
@@ -201,6 +205,17 @@ def plan(run: Run) -> Plan:
             **(_foreseen(run, work, pending) if pending else {}),
         },
     )
+
+
+def _halo_from(run: Run, checkpoint: Checkpoint) -> str:
+    """Who says how wide the halo is."""
+    if run.settings.predict.halo is not None:
+        return "as asked"
+    if not checkpoint.weights:
+        return "none: a pixel-wise model"
+    if checkpoint.seams is None:
+        return "not measured: trained by an older version, which knew no novelty either"
+    return "as training measured"
 
 
 def _foreseen(run: Run, work: _Work, pending: Sequence[Shard]) -> dict[str, Any]:
@@ -243,6 +258,9 @@ def execute(run: Run) -> Outcome:
     )
     batches = work.batches(pending)
     known = work.pace(run, pending) if batches >= _WORTH_TIMING else None
+    if known is not None:
+        told = known.told(batches, as_json=run.options.as_json)
+        print(told, file=sys.stderr, flush=True)  # noqa: T201
     outcome = carry_out(run, "predict", ledger, shards, task, work.settings.device)
     if pending:
         session = Session(
@@ -251,7 +269,7 @@ def execute(run: Run) -> Outcome:
             shards=outcome.done,
             failed=len(outcome.failed),
             windows=sum(map(work.windows, pending)),
-            workers=known.workers if known else None,
+            workers=len(run.connection.client().nthreads()),
             device=known.device if known else None,
         )
         remember(ledger.store, session)

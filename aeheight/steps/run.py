@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from aeheight.cluster import Connection, Outcome, Progress, Task, run_shards
+from aeheight.cluster import Connection, Outcome, Progress, Task, clock, run_shards
 from aeheight.cube import Tree, find, open_tree
 from aeheight.errors import InputError, NotYetError
 from aeheight.receipts import Ledger, lease
@@ -264,6 +264,8 @@ def _shown(key: str, value: Any) -> str:
         return "yes" if value else "no"
     if "bytes" in key and isinstance(value, int):
         return human_bytes(value)
+    if key.endswith("seconds"):
+        return clock(value)
     if isinstance(value, int) and value >= 10_000:
         return f"{value:,}"
     if isinstance(value, list | tuple):
