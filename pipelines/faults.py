@@ -426,7 +426,10 @@ def _check(run: Path) -> None:
     if not model.exists():
         raise InputError(f"there is no model at {model}; run `make demo` first")
     if Checkpoint.from_bytes(model.read_bytes()).seams is None:
-        raise InputError(f"{model} is of an older aeheight; run `make demo` again (see README)")
+        raise InputError(
+            f"{model} is of an older aeheight, which measured no halo: train it again with "
+            "`aeheight train pipelines/regions/demo.yaml --overwrite`"
+        )
     if not Path("runs/demo-world").exists():
         raise InputError("there is no runs/demo-world; run `make demo` first")
 
