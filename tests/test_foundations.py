@@ -86,7 +86,7 @@ def test_another_split_file_is_another_split(aeheight, regions, world, at, tmp_p
         ("split.validation=0.0001", ("rounds to none", "split.block")),
         ("split.test=no.geojson", ("no.geojson", "no GeoJSON")),
         ("model.encoder=resnt18", ("resnt18", "resnet18")),
-        ("predict.window=250", ("window 250", "multiples of 32")),
+        ("predict.window=250", ("window (250)", "multiples of 32")),
     ],
 )
 def test_a_wrong_setting_may_be_mended_without_overwriting(aeheight, regions, at, changed, words):
