@@ -114,7 +114,8 @@ class Connection:
     def _local(self) -> Client:
         spawning = "distributed.nanny.pre-spawn-environ"
         settings = {
-            spawning: config.get(spawning) | _MEMORY,
+            # From their first moment: what is loaded early reads its threads then, and never again.
+            spawning: config.get(spawning) | _MEMORY | _threads(self._workers),
             "distributed.scheduler.worker-ttl": _SILENCE,
             # Memory is kept, so a worker that was paused for it would never work again.
             **dict.fromkeys(
@@ -167,8 +168,7 @@ def _scheduler_spec() -> dict[str, Any]:
 
 def _worker_specs(workers: int, devices: list[str]) -> dict[int | str, dict[str, Any]]:
     """What worker processes to start: `workers` of them, and one for each GPU."""
-    share = str(max(CPU_COUNT // workers, 1))
-    environment = dict.fromkeys(_THREAD_VARIABLES, share) | QUIET_THREADS
+    environment = _threads(workers)
     threads = workers * THREADS + len(devices) * GPU_THREADS
 
     def spec(count: int, env: dict[str, str], resources: dict[str, float]) -> dict[str, Any]:
@@ -191,6 +191,11 @@ def _worker_specs(workers: int, devices: list[str]) -> dict[int | str, dict[str,
         for number, device in enumerate(devices)
     }
     return plain | with_gpus
+
+
+def _threads(workers: int) -> dict[str, str]:
+    """What tells a worker's libraries its even share of the cores."""
+    return dict.fromkeys(_THREAD_VARIABLES, str(max(CPU_COUNT // workers, 1))) | QUIET_THREADS
 
 
 def _devices(wanted: int | None) -> list[str]:

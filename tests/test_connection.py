@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from dask.system import CPU_COUNT
 from distributed import Client
 
 from aeheight import __version__
@@ -30,6 +31,14 @@ def client() -> Iterator[Client]:
         patch.setenv("CUDA_VISIBLE_DEVICES", "0")  # taken at its word
         with Connection(workers=1) as connection:
             yield connection.client()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
+def test_a_worker_has_its_share_of_the_cores_from_its_first_moment(client: Client) -> None:
+    """Dask itself starts workers with one thread; a library that is loaded early keeps to that."""
+    for seen in client.run(lambda: Path("/proc/self/environ").read_text().split("\0")).values():
+        assert f"OMP_NUM_THREADS={CPU_COUNT}" in seen  # there is one worker
+        assert "OMP_WAIT_POLICY=PASSIVE" in seen
 
 
 def test_more_gpus_than_are_visible_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
