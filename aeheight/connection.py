@@ -194,8 +194,9 @@ def _worker_specs(workers: int, devices: list[str]) -> dict[int | str, dict[str,
 
 
 def _threads(workers: int) -> dict[str, str]:
-    """What tells a worker's libraries its even share of the cores."""
-    return dict.fromkeys(_THREAD_VARIABLES, str(max(CPU_COUNT // workers, 1))) | QUIET_THREADS
+    """What tells a worker's libraries its even share of the cores; what the user set stands."""
+    share = dict.fromkeys(_THREAD_VARIABLES, str(max(CPU_COUNT // workers, 1))) | QUIET_THREADS
+    return {name: os.environ.get(name, value) for name, value in share.items()}
 
 
 def _devices(wanted: int | None) -> list[str]:

@@ -29,16 +29,22 @@ from tests.tasks import Task, local_scheduler, notes, run, wait_for, worker_proc
 def client() -> Iterator[Client]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "0")  # taken at its word
+        patch.delenv("OMP_NUM_THREADS", raising=False)
+        patch.setenv("MKL_NUM_THREADS", "3")
         with Connection(workers=1) as connection:
             yield connection.client()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
 def test_a_worker_has_its_share_of_the_cores_from_its_first_moment(client: Client) -> None:
-    """Dask itself starts workers with one thread; a library that is loaded early keeps to that."""
+    """Dask itself starts workers with one thread; a library that is loaded early keeps to that.
+
+    What the user set stands.
+    """
     for seen in client.run(lambda: Path("/proc/self/environ").read_text().split("\0")).values():
         assert f"OMP_NUM_THREADS={CPU_COUNT}" in seen  # there is one worker
         assert "OMP_WAIT_POLICY=PASSIVE" in seen
+        assert "MKL_NUM_THREADS=3" in seen
 
 
 def test_more_gpus_than_are_visible_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
