@@ -34,7 +34,7 @@ MODEL = "model.ckpt"
 _NETWORK_BYTES_PER_PIXEL = 2_100
 """One pixel of one window at the peak of a U-Net++ with ResNet-18 in float32: measured 1,600 to
 2,010 on windows of 256 to 1024 px (a U-Net: 1,030)."""
-_PROCESS_BYTES = 1_000_000_000
+_PROCESS_BYTES = 1_300_000_000
 _TASKS = 2
 """Tasks that a worker of this machine has at hand: one computes, one reads or writes."""
 _TOLERANCE = 0.8
