@@ -9,8 +9,10 @@ import json
 import uuid
 import warnings
 import zlib
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,13 +26,17 @@ from aeheight.conventions import Coordinate, coordinates, group_attributes, time
 from aeheight.errors import InputError, NotYetError
 from aeheight.grid import Grid
 from aeheight.settings import differences, fingerprint
-from aeheight.shards import compressors, encode_shard
+from aeheight.shards import Place, compressors, decode, encode_shard, index_size, places
 from aeheight.store import Store, plain_errors
 from aeheight.template import Layer, Shard, Template, plain_nodata
 from aeheight.windows import Region, whole
 
 FORMAT = 2
 _NOTE = "note.json"
+_AHEAD = 1
+"""Shards that a read fetches while it decodes one."""
+_FETCHERS = 4
+"""Shards that a process fetches at the same time, for all its tasks."""
 
 
 def digest(data: bytes) -> str:
@@ -61,7 +67,6 @@ class Tree:
     template: Template
     identity: str
     """A token drawn when the tree was created: two trees, two identities."""
-    _root: "zarr.Group"
 
     @property
     def version(self) -> str:
@@ -78,14 +83,15 @@ class Tree:
             OSError: a chunk is damaged or cannot be read; names the region.
         """
         spec = self.template.layer(layer)
-        shape = (len(spec.bands),) * bool(spec.bands) + region.shape
+        out = np.empty((len(spec.bands),) * bool(spec.bands) + region.shape, dtype=spec.dtype)
         inside = region.intersect(whole(self.template.grid(group).shape))
+        if inside != region:
+            out.fill(spec.nodata)
         if inside is None:
-            return np.full(shape, spec.nodata, dtype=spec.dtype)
-        index = self._index(spec, year, inside)
+            return out
         try:
             with plain_errors(f"read {self.store.uri}/{group}/{layer}"):
-                values = self._root[f"{group}/{layer}"][index]  # type: ignore[index]
+                self._fill(out[(..., *inside.within(region).slices)], group, spec, year, inside)
         except InputError:  # no right to, which no checksum explains
             raise
         except Exception as error:
@@ -94,12 +100,39 @@ class Tree:
                 f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
                 "run `aeheight verify` to find what is damaged"
             ) from error
-        if inside == region:
-            found: NDArray[Any] = np.asarray(values)
-            return found
-        out = np.full(shape, spec.nodata, dtype=spec.dtype)
-        out[(..., *inside.within(region).slices)] = values
         return out
+
+    def _fill(
+        self, out: NDArray[Any], group: str, spec: Layer, year: int | None, inside: Region
+    ) -> None:
+        """Read the pixels of a region; one shard is decoded while the next are fetched."""
+        edge = self.template.cut.shard
+        cells = [
+            Region(row, col, edge, edge)
+            for row in range(inside.row // edge * edge, inside.bottom, edge)
+            for col in range(inside.col // edge * edge, inside.right, edge)
+        ]
+        waiting: deque[Future[list[tuple[Place, Any]]]] = deque()
+        for cell in cells:
+            shard = Shard(group, spec.name, year if spec.timed else None, cell)
+            waiting.append(_fetchers().submit(self._fetch, shard, inside))
+            if len(waiting) > _AHEAD:
+                decode(waiting.popleft().result(), inside, out, spec.nodata)
+        while waiting:
+            decode(waiting.popleft().result(), inside, out, spec.nodata)
+
+    def _fetch(self, shard: Shard, inside: Region) -> list[tuple[Place, Any]]:
+        """The chunks of a shard that touch a region, compressed."""
+        key, cut, cell = self.key(shard), self.template.cut, shard.region
+        try:
+            index = self.store.end(key, index_size(cut.shard, cut.chunk))
+        except FileNotFoundError:  # all nodata
+            return [(Place(cell, 0, 0), b"")]
+        found = places(index, cell, cut.chunk, inside)
+        stored = [place for place in found if place.size]
+        parts = self.store.parts(key, [p.start for p in stored], [p.size for p in stored])
+        absent = [(place, b"") for place in found if not place.size]
+        return [*zip(stored, parts, strict=True), *absent]
 
     def write(self, shard: Shard, values: NDArray[Any]) -> str:
         """Write one whole shard and return its checksum.
@@ -162,9 +195,10 @@ class Tree:
         place = [*time, *band, shard.region.row // edge, shard.region.col // edge]
         return "/".join([shard.group, shard.layer, "c", *map(str, place)])
 
-    def _index(self, spec: Layer, year: int | None, inside: Region) -> tuple[Any, ...]:
-        time = (self.template.years.index(year),) if spec.timed and year is not None else ()
-        return (*time, ..., *inside.slices)
+
+@cache
+def _fetchers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fetch")
 
 
 def create(store: Store, template: Template) -> Tree:
@@ -356,14 +390,7 @@ def open_tree(store: Store) -> Tree:
     found = find(store)
     if found is None:
         raise InputError(f"there is no cube at {store.uri}; run the step that makes it first")
-    template, identity = Template.described(found["template"]), found["identity"]
-    root = _open_root(store.uri, identity, fingerprint(found["template"]))
-    return Tree(store, template, identity, root)
-
-
-@lru_cache(maxsize=16)
-def _open_root(uri: str, _identity: str, _version: str) -> "zarr.Group":
-    return zarr.open_group(Store(uri).zarr(), mode="r+", use_consolidated=True)
+    return Tree(store, Template.described(found["template"]), found["identity"])
 
 
 def open_cube(uri: str, *, decode: bool = False) -> xr.DataTree:

@@ -41,6 +41,8 @@ T = TypeVar("T")
 
 _PATIENCE, _FIRST_PATIENCE = timedelta(seconds=120), timedelta(seconds=15)
 """How long a store that is away is asked again: in the midst of work, and at first contact."""
+_UPLOADS = 5
+"""Times that an object is sent whose upload in parts is said to be missing."""
 _BACKOFF: dict[str, Any] = {
     "init_backoff": timedelta(milliseconds=200),
     "max_backoff": timedelta(seconds=5),
@@ -119,6 +121,22 @@ class Store:
             self._need_folder()
             return _again(lambda: bytes(obstore.get(_open(self), key).bytes()))
 
+    def end(self, key: str, size: int) -> bytes:
+        """The last bytes of an object; errors as in `read`."""
+        options: Any = {"range": {"suffix": size}}
+        with plain_errors(f"read {self.uri}/{key}"):
+            self._need_folder()
+            return _again(lambda: bytes(obstore.get(_open(self), key, options=options).bytes()))
+
+    def parts(self, key: str, starts: Sequence[int], sizes: Sequence[int]) -> Sequence[Any]:
+        """Parts of an object, as buffers; errors as in `read`. Near ones come in one request."""
+        if not starts:
+            return []
+        with plain_errors(f"read {self.uri}/{key}"):
+            return _again(
+                lambda: obstore.get_ranges(_open(self), key, starts=starts, lengths=sizes)
+            )
+
     def read_json(self, key: str) -> dict[str, Any]:
         """An object that aeheight wrote as JSON.
 
@@ -144,7 +162,15 @@ class Store:
             OSError: the store cannot be written (a full disk, no right).
         """
         with plain_errors(f"write {self.uri}/{key}"):
-            _again(lambda: obstore.put(_open(self), key, data))
+            for left in reversed(range(_UPLOADS)):
+                try:
+                    _again(lambda: obstore.put(_open(self), key, data))
+                    return
+                except FileNotFoundError:
+                    # A large object goes in parts; where the answer to the last request breaks off,
+                    # obstore aborts an upload that is over.
+                    if not left:
+                        raise
 
     def create(self, key: str, data: bytes) -> bool:
         """Put an object only where none is; whether it is there by this very call."""

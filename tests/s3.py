@@ -211,6 +211,8 @@ class Chaos:
     share: float = 0.2
     late: float = 2.0
     """Seconds of a slow answer."""
+    method: str = ""
+    """Only requests with it meet the fault; empty: all."""
     requests: int = 0
     hits: int = 0
     url: str = ""
@@ -224,7 +226,8 @@ class Chaos:
         """Pass a request on, or not."""
         body = await request.read()
         self.requests += 1
-        hit = self.fault != "none" and self._random.random() < self.share
+        meant = self.fault != "none" and self.method in ("", request.method)
+        hit = meant and self._random.random() < self.share
         self.hits += hit
         if hit and self.fault in ("500", "503"):
             code = {"500": "InternalError", "503": "SlowDown"}[self.fault]

@@ -179,6 +179,19 @@ def test_a_body_that_stalls_is_read_again(chaos: Chaos, store: Store) -> None:
     assert chaos.hits
 
 
+def test_an_upload_whose_last_answer_is_cut_off_is_sent_again(
+    chaos: Chaos, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = np.random.default_rng(0).bytes(12_000_000)  # in parts, begun and ended by a POST
+    monkeypatch.setattr(chaos, "method", "POST")
+    monkeypatch.setattr(chaos, "share", 0.5)
+    chaos.begin("cut")
+    for number in range(4):
+        store.write("large", data[number:])
+        assert store.read("large") == data[number:]
+    assert chaos.hits
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_raster_survives(
     chaos: Chaos, store: Store, tmp_path: Path, fault: Fault, monkeypatch: pytest.MonkeyPatch
