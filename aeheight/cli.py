@@ -26,6 +26,7 @@ _VERBS = {
     "train": "the cube to a model",
     "predict": "the cube and a model to a map of heights",
     "evaluate": "the map against its reference: metrics and a report",
+    "calibrate": "a finished map corrected by sparse reference heights, where they prove a gain",
     "run": "all steps in order; what is done is skipped",
     "status": "what is done and what is left",
     "verify": "read every finished shard again and compare its checksum",
@@ -37,6 +38,7 @@ examples:
   aeheight run region.yaml --plan                     what it would do, and what it costs
   aeheight run region.yaml                            all steps; again, after an interruption
   aeheight predict other.yaml --checkpoint runs/demo  a model trained elsewhere
+  aeheight calibrate region.yaml --points gnss.csv    a finished map, corrected
 
 exit codes: 0 done; 1 shards failed, or interrupted: run again to go on; 2 bad input
 """
@@ -73,6 +75,13 @@ def build_parser() -> argparse.ArgumentParser:
                 "--checkpoint",
                 metavar="PATH",
                 help="a model trained elsewhere: a .ckpt, or another run's store",
+            )
+        if verb == "calibrate":
+            command.add_argument(
+                "--points",
+                required=True,
+                metavar="FILE",
+                help="GeoParquet or CSV: lon, lat (or points), height, datum, and sigma if known",
             )
         if verb == "verify":
             command.add_argument(
@@ -179,13 +188,16 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     )
     if arguments.verb == "status":
         return pipeline.status(run, say)
-    steps = [] if arguments.verb == "verify" else pipeline.steps_of(run, arguments.verb)
-    if getattr(arguments, "plan", False):
+    verb, planning = arguments.verb, getattr(arguments, "plan", False)
+    steps = [] if verb in ("verify", "calibrate") else pipeline.steps_of(run, verb)
+    if steps and planning:
         return pipeline.show_plans(run, steps, say)
     describe_run(settings.name, __version__)
     with served(arguments.metrics_port):
-        if arguments.verb == "verify":
+        if verb == "verify":
             return pipeline.verify(run, say, repair=arguments.repair)
+        if verb == "calibrate":
+            return pipeline.calibrate(run, arguments.points, say, plan=planning)
         return pipeline.execute(run, steps, say)
 
 

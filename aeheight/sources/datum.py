@@ -149,7 +149,15 @@ def _named(crs: CRS) -> str:
     return f"{':'.join(code)} ({crs.name})" if code else crs.name
 
 
-def plan_shift(source: str, target: str, area: Bounds) -> DatumShift | None:
+_LEAVE = (
+    "or set `prior.convert: false` to leave the prior's heights as they are (recorded; a constant "
+    "difference is learnt by the model, the rest stays in the prior)"
+)
+
+
+def plan_shift(
+    source: str, target: str, area: Bounds, whose: str = "the prior's", otherwise: str = _LEAVE
+) -> DatumShift | None:
     """How to convert heights, with the grids that are installed; None where there is nothing to do.
 
     Of the operations that PROJ knows for the area, the first (the best) whose grids are here and
@@ -159,6 +167,8 @@ def plan_shift(source: str, target: str, area: Bounds) -> DatumShift | None:
         source: the vertical datum to convert from.
         target: the vertical datum to convert to.
         area: west, south, east, north in degrees; across the 180th meridian west is above east.
+        whose: heights these are, for messages.
+        otherwise: what else a user may do, for messages.
 
     Raises:
         InputError: a grid file is missing, or does not cover the area; PROJ knows no way.
@@ -180,7 +190,7 @@ def plan_shift(source: str, target: str, area: Bounds) -> DatumShift | None:
         added = _added(found, *places)
         if np.isfinite(added).all():
             return _recorded(source, target, found, places, added)
-    raise InputError(_missing(source, target, area, group))
+    raise InputError(_missing(f"{whose} heights ({source})", target, area, group, otherwise))
 
 
 def _with_degrees(heights: CRS) -> CRS:
@@ -227,11 +237,7 @@ def _recorded(
     )
 
 
-def _missing(source: str, target: str, area: Bounds, group: TransformerGroup) -> str:
-    ask = (
-        "or set `prior.convert: false` to leave the prior's heights as they are (recorded; a "
-        "constant difference is learnt by the model, the rest stays in the prior)"
-    )
+def _missing(heights: str, target: str, area: Bounds, group: TransformerGroup, ask: str) -> str:
     absent = [
         grid.short_name
         for o in group.unavailable_operations[:1]
@@ -242,7 +248,7 @@ def _missing(source: str, target: str, area: Bounds, group: TransformerGroup) ->
         files = " and ".join(absent)
         commands = "; ".join(f"pyproj sync --file {name}" for name in absent)
         return (
-            f"the prior's heights ({source}) are to be converted to {target}, for which PROJ needs "
+            f"{heights} are to be converted to {target}, for which PROJ needs "
             f"{files}: install it ({commands}), or point PROJ_DATA to a folder that holds it, or "
             f"set PROJ_NETWORK=ON, {ask}"
         )
@@ -252,7 +258,7 @@ def _missing(source: str, target: str, area: Bounds, group: TransformerGroup) ->
         else "PROJ knows no way in"
     )
     return (
-        f"the prior's heights ({source}) cannot be converted to {target}: {why} "
+        f"{heights} cannot be converted to {target}: {why} "
         f"{[round(edge, 4) for edge in area]}; convert the files to {target} first, {ask}"
     )
 

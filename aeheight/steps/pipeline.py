@@ -10,7 +10,7 @@ from aeheight.cluster import Outcome, Progress, run_shards, wants_gpu
 from aeheight.cube import Tree, find, open_tree
 from aeheight.errors import InputError, NotYetError
 from aeheight.receipts import Ledger, Receipt, inspect
-from aeheight.steps.run import BEST, Run
+from aeheight.steps.run import BEST, Plan, Run
 from aeheight.store import Store
 from aeheight.template import Shard, Template
 
@@ -91,16 +91,7 @@ def execute(run: Run, steps: Sequence[str], say: Say) -> int:
             wants_gpu(run.connection.client(), "gpu")  # before hours of ingest and training
         for step in steps:
             outcome: Outcome = _step(step).execute(run)
-            say(
-                {
-                    "step": step,
-                    "done": outcome.done,
-                    "skipped": outcome.skipped,
-                    "failed": outcome.failed,
-                    "seconds": round(outcome.seconds, 2),
-                },
-                _told(step, outcome),
-            )
+            say(_counted(step, outcome), _told(step, outcome))
             if outcome.failed:
                 return 1
     if "evaluate" in steps:
@@ -108,6 +99,36 @@ def execute(run: Run, steps: Sequence[str], say: Say) -> int:
         lines = [*_headline(run.report.read_json("metrics.json")), f"report    {page}"]
         say({"report": page}, lines)
     return 0
+
+
+def _counted(step: str, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "step": step,
+        "done": outcome.done,
+        "skipped": outcome.skipped,
+        "failed": outcome.failed,
+        "seconds": round(outcome.seconds, 2),
+    }
+
+
+def calibrate(run: Run, points: str, say: Say, *, plan: bool) -> int:
+    """Correct a finished map by the heights of points, or print what that would do.
+
+    Returns:
+        The exit code: 0 done, 1 failed shards.
+    """
+    step = _step("calibrate")
+    if plan:
+        found = step.plan(run, points)
+        say({"step": "calibrate", **found.facts}, found.lines())
+        return 0
+    with run.held(), run.connection:
+        outcome, result = step.execute(run, points)
+    facts = step.summary(result)
+    told = Plan("calibrate", facts).lines()[1:]
+    lines = [*_told("calibrate", outcome), *told, f"map       {run.store.uri}/{step.TREE}"]
+    say(_counted("calibrate", outcome) | result["trial"], lines)
+    return int(bool(outcome.failed))
 
 
 def _headline(metrics: Mapping[str, Any]) -> list[str]:
@@ -152,6 +173,10 @@ def _grouped(failed: Mapping[str, str]) -> list[str]:
     return lines
 
 
+_LEDGERS = {"ingest": "cube", "predict": "heights", "calibrate": "calibrated"}
+"""The receipts of a step, where they are called otherwise."""
+
+
 def _ledgers(run: Run) -> list[tuple[str, Tree, Ledger, list[str]]]:
     """Label, tree, receipts and layers of all that shards are written to so far."""
     found = []
@@ -159,12 +184,13 @@ def _ledgers(run: Run) -> list[tuple[str, Tree, Ledger, list[str]]]:
         ("ingest", run.cube, ("embedding", "height", "prior")),
         ("split", run.cube, ("split",)),
         ("predict", run.heights, ("height",)),
+        ("calibrate", run.store.child("calibrated.zarr"), ("height",)),
     ):
         if find(store) is None:
             continue
         tree = open_tree(store)
         layers = [layer.name for layer in tree.template.layers if layer.name in names]
-        ledger = {"ingest": "cube", "predict": "heights"}.get(label, label)
+        ledger = _LEDGERS.get(label, label)
         found.append((label, tree, run.ledger(ledger), layers))
     return found
 
@@ -187,6 +213,10 @@ def status(run: Run, say: Say) -> int:
     if run.settings.height is None:
         order = ["ingest", "predict"]
     known = {label: (done, total) for label, done, total in rows}
+    if "calibrate" in known:  # a step that few runs have
+        order.append("calibrate")
+        if not _made(True, run.ledger("calibrated"), "heights", heights):
+            known["calibrate"] = (0, known["calibrate"][1])
     facts = {
         step: {"done": known[step][0], "total": known[step][1]} if step in known else None
         for step in order
@@ -257,7 +287,15 @@ def verify(run: Run, say: Say, *, repair: bool) -> int:
             ledger.forget(damaged.get(label, set()))
         if "split" in damaged:
             _step("split").record_split(run)
-    return execute(run, [step for step in STEPS if step in damaged], say)
+    code = execute(run, [step for step in STEPS if step in damaged], say)
+    return code if code or "calibrate" not in damaged else _repair_calibrated(run, say)
+
+
+def _repair_calibrated(run: Run, say: Say) -> int:
+    with run.held(), run.connection:
+        outcome = _step("calibrate").repair(run)
+    say(_counted("calibrate", outcome), _told("calibrate", outcome))
+    return int(bool(outcome.failed))
 
 
 def _as_made(run: Run) -> Run:
