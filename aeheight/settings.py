@@ -119,6 +119,18 @@ class SplitSettings(_Settings):
     validation: Share | Bounds | str = 0.1
     """The same, of the blocks that do not test."""
     seed: Natural = 0
+    folds: Annotated[int, Field(ge=2)] | None = None
+    """Parts of equal size that the blocks are dealt to: one of them tests, whatever `test` says."""
+    fold: Natural = 0
+    """Which of the `folds` tests, from 0."""
+
+    @model_validator(mode="after")
+    def _fold_exists(self) -> "SplitSettings":
+        if self.folds is None and self.fold:
+            raise ValueError(f"fold {self.fold} of how many? give split.folds, such as 5")
+        if self.folds is not None and self.fold >= self.folds:
+            raise ValueError(f"fold {self.fold} of {self.folds}: folds count from 0")
+        return self
 
 
 class ModelSettings(_Settings):
@@ -172,6 +184,8 @@ class PredictSettings(_Settings):
     kept cores that is no less than `cube.shard`, so that nothing is computed twice."""
     novelty: bool = True
     """Tell beside each height how far its embedding is from those that were trained on."""
+    spread: bool = True
+    """Tell beside each height half the width of its 90 % interval, where the model knows it."""
     device: Device = "auto"
     """`auto`: GPUs where workers have them; `gpu` refuses to begin without one."""
     precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -192,6 +206,8 @@ class RegionSettings(_Settings):
     embeddings: EmbeddingSettings
     height: HeightSettings | None = None
     prior: HeightSettings | None = None
+    also: tuple[str, ...] = ()
+    """Stores of other runs whose training and validation ground is trained on too."""
     cube: CubeSettings = CubeSettings()
     split: SplitSettings = SplitSettings()
     model: ModelSettings = ModelSettings()

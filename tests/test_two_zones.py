@@ -12,9 +12,9 @@ from pyproj import Transformer
 from rasterio.warp import Resampling, reproject
 
 from aeheight.cube import open_tree
-from aeheight.patches import TEST, TRAIN, VALIDATION, draw_split
 from aeheight.receipts import Ledger
 from aeheight.settings import SplitSettings
+from aeheight.splits import TEST, TRAIN, VALIDATION, draw_split
 from aeheight.store import Store
 from aeheight.template import Shard
 from aeheight.windows import Region, whole

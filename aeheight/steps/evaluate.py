@@ -2,28 +2,40 @@
 
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aeheight.cluster import Outcome
+from aeheight.correlation import LAGS, Variogram
 from aeheight.cube import Tree, checksum, find, open_tree
 from aeheight.errors import InputError, NotYetError
 from aeheight.grid import Grid, owned
+from aeheight.intervals import Intervals
 from aeheight.metrics import Scatter, Stats, dump
 from aeheight.models import Checkpoint
-from aeheight.patches import USES
 from aeheight.receipts import Ledger, Receipt, receipt_for
 from aeheight.settings import fingerprint
+from aeheight.splits import USES
 from aeheight.steps.edges import compare, facing, opposite
 from aeheight.steps.predict import MODEL
 from aeheight.steps.run import Made, Plan, Run, carry_out
-from aeheight.steps.split import record_split, split_fingerprint
-from aeheight.steps.summary import REPORT, part_key, summarise, thin
+from aeheight.steps.split import check_split, record_split, split_fingerprint
+from aeheight.steps.summary import (
+    CORRELATED,
+    INTERVAL_KEYS,
+    INTERVALS,
+    REPORT,
+    part_key,
+    summarise,
+    thin,
+    variogram_key,
+)
 from aeheight.store import Store
 from aeheight.template import Shard, Template
 from aeheight.windows import Region
@@ -43,12 +55,14 @@ def plan(run: Run) -> Plan:
     """
     _need_height(run)
     tree = run.whole_cube()
+    check_split(run.settings, tree.template.grids)
     maps = run.ledger("heights").store
     made = Checkpoint.from_bytes(maps.read(MODEL)) if maps.exists(MODEL) else None
     cube, year = tree.template, _judged_year(tree.template, made)
     heights = open_tree(run.heights).template if find(run.heights) else cube
     shards = _shards(run, cube, heights, year)
-    floats = sum(layer.dtype == "float32" for layer in cube.layers) + _tells_novelty(heights)
+    floats = sum(layer.dtype == "float32" for layer in cube.layers)
+    floats += sum(_tells(heights, name) for name in ("novelty", "spread"))
     per_pixel = 64 + 4 * floats + 5
     return Plan(
         "evaluate",
@@ -74,8 +88,8 @@ def _judged_year(cube: Template, checkpoint: Checkpoint | None) -> int:
     return (trained or cube.years)[0]
 
 
-def _tells_novelty(heights: Template) -> bool:
-    return any(layer.name == "novelty" for layer in heights.layers)
+def _tells(heights: Template, name: str) -> bool:
+    return any(layer.name == name for layer in heights.layers)
 
 
 def _shards(run: Run, cube: Template, heights: Template, year: int) -> list[Shard]:
@@ -140,9 +154,10 @@ def execute(run: Run) -> Outcome:
     heights = open_tree(run.heights)
     year = _judged_year(cube.template, checkpoint)
     classes = {"slope": SLOPES, "height": edges}
-    if _tells_novelty(heights.template):
+    if _tells(heights.template, "novelty"):
         classes["novelty"] = NOVELTIES
     recorded = {f"{name}_classes": _finite(ends) for name, ends in classes.items()}
+    recorded["correlation_lags"] = list(LAGS)
     settings = {
         "heights": heights.identity,
         "checkpoint": checkpoint.digest,
@@ -238,13 +253,18 @@ class SumUp:
         grid = cube.template.grid(shard.group)
         ground = _Ground.read(cube, heights, checkpoint, shard)
         sums: dict[str, Stats | Scatter] = dict(ground.tables())
-        sums |= ground.classes("slope", ground.slope, SLOPES)
-        sums |= ground.classes("height", ground.reference, self.height_edges)
+        criteria = {
+            "slope": (ground.slope, SLOPES),
+            "height": (ground.reference, self.height_edges),
+        }
         if ground.novelty is not None:
-            sums |= ground.classes("novelty", ground.novelty, NOVELTIES)
+            criteria["novelty"] = (ground.novelty, NOVELTIES)
+        for name, (values, edges) in criteria.items():
+            sums |= ground.classes(name, values, edges)
         assert shard.year is not None
         sums |= compare(heights, shard.group, shard.year, shard.region, ground.predicted)
-        data = _pack(sums, ground, thin(grid.shape), shard.region)
+        held = dict(ground.intervals(criteria))
+        data = _pack(sums, held, ground, thin(grid.shape), shard.region)
         ledger = Ledger(Store(self.ledger))
         ledger.store.write(part_key(self.key, shard), data)
         receipt = receipt_for(
@@ -278,6 +298,8 @@ class _Ground:
     baselines: dict[str, NDArray[np.float32]]
     novelty: NDArray[np.float32] | None
     """None: the map does not tell."""
+    spread: NDArray[np.float32] | None
+    """Likewise."""
 
     @classmethod
     def read(cls, cube: Tree, heights: Tree, checkpoint: Checkpoint, shard: Shard) -> "_Ground":
@@ -300,9 +322,10 @@ class _Ground:
             cube.read(group, "split", None, region),
             slope(around, *_pixel(cube.template.grid(group), region)),
             baselines,
-            heights.read(group, "novelty", year, region)
-            if _tells_novelty(heights.template)
-            else None,
+            *(
+                heights.read(group, name, year, region) if _tells(heights.template, name) else None
+                for name in ("novelty", "spread")
+            ),
         )
 
     def tables(self) -> Iterator[tuple[str, Stats | Scatter]]:
@@ -322,13 +345,38 @@ class _Ground:
     def classes(
         self, name: str, values: NDArray[np.float32], edges: tuple[float, ...]
     ) -> Iterator[tuple[str, Stats]]:
+        for key, chosen in self._classed(name, values, edges):
+            yield key, self._stats(self.predicted, chosen)
+
+    def intervals(
+        self, criteria: Mapping[str, tuple[NDArray[np.float32], tuple[float, ...]]]
+    ) -> Iterator[tuple[str, Intervals]]:
+        """By the keys of the model's `Stats`, of splits and of each criterion's classes."""
+        if self.spread is None:
+            return
+        errors = self.predicted - self.reference
+        splits = ((f"model/{split}", judged) for split, judged in self._splits())
+        classes = (self._classed(name, *ends) for name, ends in criteria.items())
+        for key, judged in chain(splits, *classes):
+            known = judged & ~np.isnan(self.spread)
+            yield key, Intervals.of(errors[known], self.spread[known])
+
+    def _classed(
+        self, name: str, values: NDArray[np.float32], edges: tuple[float, ...]
+    ) -> Iterator[tuple[str, NDArray[np.bool_]]]:
         place = np.digitize(values, edges) - 1
         place[np.isnan(values)] = -1
         for split, judged in self._splits():
             for k in range(len(edges) - 1):
                 chosen = judged & (place == k)
                 if chosen.any():
-                    yield f"{name}/{split}/{k}", self._stats(self.predicted, chosen)
+                    yield f"{name}/{split}/{k}", chosen
+
+    def variograms(self) -> Iterator[tuple[str, Variogram]]:
+        errors, predicted = self.predicted - self.reference, ~np.isnan(self.predicted)
+        for split, judged in self._splits():
+            if split in CORRELATED:
+                yield split, Variogram.of(errors, judged & predicted)
 
     def _splits(self) -> Iterator[tuple[str, NDArray[np.bool_]]]:
         known = ~np.isnan(self.reference)
@@ -364,7 +412,13 @@ def slope(height: NDArray[np.float32], dy: float, dx: float) -> NDArray[np.float
     return np.degrees(np.arctan(np.hypot(east, south))).astype(np.float32)
 
 
-def _pack(sums: dict[str, Stats | Scatter], ground: _Ground, every: int, region: Region) -> bytes:
+def _pack(
+    sums: dict[str, Stats | Scatter],
+    held: dict[str, Intervals],
+    ground: _Ground,
+    every: int,
+    region: Region,
+) -> bytes:
     """Sums and thinned maps as npz; the pixels taken are multiples of `every` on the whole grid."""
     rows = slice(-region.row % every, None, every)
     cols = slice(-region.col % every, None, every)
@@ -374,8 +428,14 @@ def _pack(sums: dict[str, Stats | Scatter], ground: _Ground, every: int, region:
         "predicted": ground.predicted[rows, cols],
         "use": ground.use[rows, cols],
     }
-    if ground.novelty is not None:
-        arrays["novelty"] = ground.novelty[rows, cols]
+    for split, sums_of_pairs in ground.variograms():
+        arrays[variogram_key(split)] = np.stack([sums_of_pairs.pairs, sums_of_pairs.squares])
+    for name, values in (("novelty", ground.novelty), ("spread", ground.spread)):
+        if values is not None:
+            arrays[name] = values[rows, cols]
+    if held:
+        arrays[INTERVALS] = np.stack([part.sums for part in held.values()])
+        arrays[INTERVAL_KEYS] = np.array(list(held))
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()

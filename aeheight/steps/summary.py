@@ -15,15 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aeheight import embeddings
+from aeheight.correlation import Variogram
 from aeheight.errors import InputError
 from aeheight.figures import Maps
+from aeheight.intervals import Intervals
 from aeheight.metrics import Scatter, Stats, load, merge_tables
 from aeheight.models import Checkpoint
-from aeheight.patches import USES
 from aeheight.receipts import Ledger, versions
 from aeheight.report import Prediction, Report, judged_split, render
 from aeheight.seams import SHARE
+from aeheight.shift import Heights, shift
 from aeheight.sources import Sources
+from aeheight.splits import USES
 from aeheight.steps.edges import pair_key
 from aeheight.steps.estimate import sessions
 from aeheight.steps.ingest import SOURCES
@@ -32,6 +35,10 @@ from aeheight.template import Shard, Template
 from aeheight.windows import Lattice, Region, Shape
 
 SPLITS = (*USES, "all")
+CORRELATED = ("test", "all")
+"""Grounds whose errors' correlation is summed up: the first that has pixels is shown."""
+INTERVALS, INTERVAL_KEYS = "intervals", "interval_keys"
+"""The names of a shard's sums of intervals, and of what each is of, among its arrays."""
 REPORT = ("index.html", "metrics.json", "metrics.csv")
 """What `summarise` writes under `report`."""
 MAP_PIXELS = 600
@@ -66,15 +73,23 @@ def summarise(
     """
     ledger = run.ledger("report").current()
     pictures: list[tuple[Shard, dict[str, NDArray[Any]]]] = []
+    variograms = dict.fromkeys(CORRELATED, Variogram.zero())
+    held: dict[str, Intervals] = {}
 
     def tables() -> Iterator[Sums]:  # one at a time: each has its histograms
         for shard in sorted(shards, key=lambda shard: shard.name):
             arrays = _read_part(ledger, shard)
             yield load(arrays.pop("sums").tobytes())
+            for split in CORRELATED:
+                pairs, squares = arrays.pop(variogram_key(split))
+                variograms[split] += Variogram(pairs.astype(np.int64), squares)
+            parts = zip(arrays.pop(INTERVAL_KEYS, ()), arrays.pop(INTERVALS, ()), strict=True)
+            for name, part in parts:
+                held[str(name)] = held.get(str(name), Intervals.zero()) + Intervals(part)
             pictures.append((shard, arrays))
 
     sums = merge_tables(tables())
-    metrics = _metrics(run, cube, year, sums, checkpoint, classes)
+    metrics = _metrics(run, cube, year, sums, held, variograms, checkpoint, classes)
     text = json.dumps(metrics, indent=1, allow_nan=False)
     run.report.write("metrics.json", text.encode())
     run.report.write("metrics.csv", _csv(metrics))
@@ -85,6 +100,33 @@ def summarise(
 def part_key(key: str, shard: Shard) -> str:
     """Where the sums of a shard lie, beside its receipt; `key` is the ledger's."""
     return f"{key}/{shard.name}.npz"
+
+
+def variogram_key(split: str) -> str:
+    """The name of a shard's pairs of errors among its arrays."""
+    return f"variogram_{split}"
+
+
+def _heights(sums: Sums) -> dict[str, Heights]:
+    """The reference heights of each split, where there are predictions."""
+    heights = {}
+    for split in USES:
+        scatter = sums[f"scatter/{split}"]
+        assert isinstance(scatter, Scatter)
+        heights[split] = Heights.judged(scatter)
+    return heights
+
+
+def _correlation(
+    variograms: Mapping[str, Variogram], sums: Sums, cube: Template, buffer: int | None
+) -> dict[str, Any]:
+    """How far errors go together on test ground, or on all of it where none tests."""
+    ground = next((s for s in CORRELATED if variograms[s].pairs.any()), CORRELATED[-1])
+    stats = sums[f"model/{ground}"]
+    assert isinstance(stats, Stats)
+    sill = stats.m2_difference / max(stats.n, 1)
+    metres = sum(cube.grids[0].pixel_metres()) / 2
+    return {"ground": ground, **variograms[ground].summary(sill, metres, buffer)}
 
 
 def _read_part(ledger: Ledger, shard: Shard) -> dict[str, NDArray[Any]]:
@@ -103,23 +145,32 @@ def _metrics(
     cube: Template,
     year: int,
     sums: Sums,
+    held: Mapping[str, Intervals],
+    variograms: Mapping[str, Variogram],
     checkpoint: Checkpoint,
     edges: Mapping[str, tuple[float, ...]],
 ) -> dict[str, Any]:
+    here = checkpoint.provenance.cube == run.open_cube().identity
+    heights = _heights(sums)
+    trained = heights["train"] if here and not checkpoint.provenance.also else None
+    buffer = run.settings.split.buffer if here and heights["train"].n else None
     names = ["mean", "ridge"] + ["prior"] * any(layer.name == "prior" for layer in cube.layers)
     return {
-        "model": _by_split(sums, "model"),
+        "model": _by_split(sums, "model", held),
         "baselines": {name: _by_split(sums, name) for name in names},
         "by": {
             name: [
-                {"split": split, "lo": classes[k], "hi": _end(classes[k + 1]), **_summary(part)}
+                {"split": split, "lo": classes[k], "hi": _end(classes[k + 1])}
+                | _summary(sums, key, held)
                 for split in SPLITS
                 for k in range(len(classes) - 1)
-                if (part := sums.get(f"{name}/{split}/{k}")) is not None
+                if (key := f"{name}/{split}/{k}") in sums
             ]
             for name, classes in edges.items()
         },
         "zones": list(_zones(cube, sums)),
+        "shift": shift(heights, trained),
+        "correlation": _correlation(variograms, sums, cube, buffer),
         "provenance": _provenance(run, cube, year, checkpoint),
     }
 
@@ -132,19 +183,21 @@ def _end(edge: float) -> float | None:
 def _zones(cube: Template, sums: Sums) -> Iterator[dict[str, Any]]:
     """One row a pair of zones whose predictions meet; neither of them is a reference."""
     for first, second in permutations([grid.name for grid in cube.grids], 2):
-        part = sums.get(pair_key(first, second))
-        if part is not None:
-            kept = {k: v for k, v in _summary(part).items() if k not in _OF_A_REFERENCE}
+        key = pair_key(first, second)
+        if key in sums:
+            kept = {k: v for k, v in _summary(sums, key).items() if k not in _OF_A_REFERENCE}
             yield {"between": [first, second], **kept}
 
 
-def _by_split(sums: Sums, name: str) -> dict[str, Any]:
-    return {split: _summary(sums[f"{name}/{split}"]) for split in SPLITS}
+def _by_split(sums: Sums, name: str, held: Mapping[str, Intervals] = {}) -> dict[str, Any]:
+    return {split: _summary(sums, f"{name}/{split}", held) for split in SPLITS}
 
 
-def _summary(part: Stats | Scatter) -> dict[str, Any]:
+def _summary(sums: Sums, key: str, held: Mapping[str, Intervals] = {}) -> dict[str, Any]:
+    """The figures of some ground, with those of its intervals where the map tells its spread."""
+    part = sums[key]
     assert isinstance(part, Stats)
-    return dict(part.summary())
+    return {**part.summary(), **(held[key].summary() if key in held else {})}
 
 
 def _provenance(run: Run, cube: Template, year: int, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -267,8 +320,9 @@ def _maps(
         "predicted": np.full(shape, np.nan, np.float32),
         "use": np.zeros(shape, np.uint8),
     }
-    if any("novelty" in thinned for _, thinned in pictures):
-        whole["novelty"] = np.full(shape, np.nan, np.float32)
+    for name in ("novelty", "spread"):
+        if any(name in thinned for _, thinned in pictures):
+            whole[name] = np.full(shape, np.nan, np.float32)
     for shard, thinned in pictures:
         if shard.group != group:
             continue
@@ -288,6 +342,7 @@ def _maps(
         difference=whole["predicted"] - whole["reference"],
         split=whole["use"],
         novelty=whole.get("novelty"),
+        spread=whole.get("spread"),
     )
 
 
