@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, MultipleLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator, MultipleLocator
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -69,6 +69,8 @@ class Maps:
 
     novelty: NDArray[np.float32] | None = None
     """(h, w) distance from the training ground; above 1: farther than 99 % of the validation's."""
+    spread: NDArray[np.float32] | None = None
+    """(rows, columns) metres; half the width of the 90 % interval."""
 
 
 def format_metric(value: float | None, name: str) -> str:
@@ -115,7 +117,7 @@ def draw(
             figures["scatter"] = _svg(_draw_scatter(*scatter))
         if errors is not None and errors[1].any():
             figures["errors"] = _svg(_draw_errors(*errors, summary or {}))
-        if curves := _draw_history(history):
+        if curves := learning_curves(history):
             figures["history"] = _svg(curves)
         if seams is not None and seams.halos:
             figures["seams"] = _svg(_draw_seams(seams, halo, limit))
@@ -127,6 +129,7 @@ def _map_rows(maps: Sequence[Maps]) -> list[dict[str, str]]:
     limits = _height_limits(maps)
     most = _robust(np.abs(panel.difference) for panel in maps)
     heights, errors = Normalize(*limits), Normalize(-most, most)
+    doubts = Normalize(0, max(1e-3, _robust(p.spread for p in maps if p.spread is not None)))
     strange = Normalize(0, max(2.0, _robust(p.novelty for p in maps if p.novelty is not None)))
     # Many zones must not swell the page, and their labels must stay legible.
     dpi = max(90.0, 200 * min(1.0, math.sqrt(2 / max(len(maps), 1))))
@@ -142,6 +145,9 @@ def _map_rows(maps: Sequence[Maps]) -> list[dict[str, str]]:
             drawn["split"] = _png(_draw_split(panel, panel.split), dpi)
         if panel.novelty is not None:
             drawn["novelty"] = _png(_draw_novelty(panel, panel.novelty, strange), dpi)
+        if panel.spread is not None:
+            what = panel.spread, "magma_r", doubts, "spread [m]"
+            drawn["spread"] = _png(_draw_map(panel, *what), dpi)
         rows.append(drawn)
     return rows
 
@@ -286,32 +292,82 @@ def _draw_errors(
     return figure
 
 
-def _draw_history(history: Sequence[Mapping[str, float | None]]) -> Figure | None:
-    """RMSE of each epoch on training and validation ground, the best marked; None without two."""
-    curves = {
-        key: [(float(e), float(v)) for row in history if (e := row.get("epoch")) is not None
-              and (v := row.get(key)) is not None and math.isfinite(v)]
-        for key in ("train_rmse", "validation_rmse")
-    }  # fmt: skip
-    if max(map(len, curves.values())) < 2:
+_WIDE: Final = 4.0
+"""Curves whose largest value is more than this times the smallest are drawn over logarithms."""
+_NARROW: Final = 0.02
+"""The least range of R² that is drawn."""
+
+
+def learning_curves(history: Sequence[Mapping[str, float | None]]) -> Figure | None:
+    """RMSE of each epoch on training and validation ground, and R² on the latter; the best marked.
+
+    Args:
+        history: one row an epoch: epoch, train_rmse, validation_rmse (metres), validation_r2, and
+            diverged where the epoch's numbers were not finite. Epoch 0 is what training starts
+            from.
+
+    Returns:
+        None where no curve has two points.
+    """
+    train, validation, r2 = (
+        _points(history, name) for name in ("train_rmse", "validation_rmse", "validation_r2")
+    )
+    if max(len(train), len(validation)) < 2:
         return None
-    figure = Figure(figsize=(4.9, 2.6), layout="constrained")
-    axes = figure.subplots()
-    axes.set(xlabel="epoch", ylabel="RMSE [m]")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if curves["train_rmse"]:
-        axes.plot(*zip(*curves["train_rmse"], strict=True), ".-", color=BLUE, label="train")
-    if curves["validation_rmse"]:
-        _draw_best(axes, curves["validation_rmse"])
-    axes.legend(frameon=False, fontsize=8)
+    figure = Figure(figsize=(7.0 if len(r2) > 1 else 4.6, 2.9), layout="constrained")
+    panels = figure.subplots(1, 2 if len(r2) > 1 else 1, squeeze=False)[0]
+    _draw_rmse(panels[0], train, validation)
+    if len(r2) > 1:
+        _draw_r2(panels[1], r2)
+    for axes in panels:
+        axes.set(xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for row in history:
+            if row.get("diverged"):
+                axes.axvline(float(row["epoch"] or 0), color="#b3261e", lw=1.2, label="diverged")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4,
+                  frameon=False, fontsize=8, handlelength=1.6)  # fmt: skip
     return figure
 
 
-def _draw_best(axes: Axes, curve: list[tuple[float, float]]) -> None:
-    epoch, value = min(curve, key=lambda point: point[1])
-    axes.plot(*zip(*curve, strict=True), ".-", color=ORANGE, label="validation")
-    label = f"best: {value:.2f} m in epoch {epoch:g}"
-    axes.plot(epoch, value, "o", ms=8, mfc="none", mec="black", label=label)
+def _points(history: Sequence[Mapping[str, float | None]], name: str) -> list[tuple[float, float]]:
+    """Epoch and value, where both are known."""
+    pairs = [(row.get("epoch"), row.get(name)) for row in history]
+    return [
+        (float(epoch), float(value))
+        for epoch, value in pairs
+        if epoch is not None and value is not None and math.isfinite(value)
+    ]
+
+
+def _draw_rmse(
+    axes: Axes, train: list[tuple[float, float]], validation: list[tuple[float, float]]
+) -> None:
+    values = [value for _, value in train + validation]
+    if max(values) > _WIDE * min(values) > 0:
+        axes.set(yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
+    axes.set(ylabel="RMSE [m]")
+    if train:
+        axes.plot(*zip(*train, strict=True), ".-", color=BLUE, label="training ground")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), ".-", color=ORANGE, label="validation ground")
+        epoch, value = min(validation, key=lambda point: point[1])
+        label = f"best: {value:.2f} m, epoch {epoch:g}"
+        axes.plot(epoch, value, "o", ms=8, mfc="none", mec="black", label=label)
+    if validation and validation[0][0] == 0:
+        start = validation[0][1]
+        axes.axhline(start, color=GREEN, lw=1.2, ls=(0, (5, 2)), label=f"start: {start:.2f} m")
+
+
+def _draw_r2(axes: Axes, r2: list[tuple[float, float]]) -> None:
+    axes.plot(*zip(*r2, strict=True), ".-", color=ORANGE)
+    axes.plot(*max(r2, key=lambda point: point[1]), "o", ms=8, mfc="none", mec="black")
+    axes.set(ylabel="R² on validation ground")
+    low, high = axes.get_ylim()
+    if high - low < _NARROW:  # what is noise must not look like a gain
+        axes.set(ylim=((low + high - _NARROW) / 2, (low + high + _NARROW) / 2))
 
 
 _NOTHING: Final = 1e-5

@@ -35,6 +35,8 @@ NAMES: Final = {
     "prior": "the prior DEM",
     "mean": "the mean height",
 }
+_BLOCK: Final = 4
+"""Edge of a block in buffers: of smaller ones the buffer leaves less than half to training."""
 CLASSES: Final = {
     "slope": ("Slope of the reference", "°"),
     "height": ("Reference height", "m"),
@@ -88,7 +90,8 @@ class Report:
     """Edges (k + 1,) in metres, counts (k,) of predicted - reference on test ground."""
 
     history: Sequence[Mapping[str, float | None]] = ()
-    """One row an epoch: epoch, train_rmse and validation_rmse (metres)."""
+    """One row an epoch, as `figures.learning_curves` takes it; further patches_per_second, and
+    seconds since the start."""
 
     prediction: Prediction | None = None
     """How the map was computed."""
@@ -130,8 +133,12 @@ def render(report: Report) -> str:
         splits=[name for name in SPLITS if name in report.metrics["model"]],
         figures=_figures(report, headline),
         novel=_novel_share(report.metrics.get("by", {}).get("novelty", ()), split),
+        hardness=_hardness(report.metrics.get("shift", {})),
+        buffer=_buffer(report.metrics.get("correlation", {})),
+        intervals=list(_intervals(report.metrics, split)),
         zones=list(_zones(report.metrics.get("zones", ()), headline.get("rmse"))),
         seam=_chosen_seam(report.prediction),
+        learning=_learning(report),
         provenance=list(_flat(report.metrics.get("provenance", {}))),
         cautions=[*report.notes, *CAUTIONS],
         attribution=ATTRIBUTION,
@@ -243,6 +250,18 @@ def _classes(
             yield title, chosen
 
 
+def _intervals(
+    metrics: Mapping[str, Any], split: str
+) -> Iterator[tuple[str, list[tuple[str, Mapping[str, Any]]]]]:
+    """Rows of what spreads hold, where there are any: of all splits, then by class on the split."""
+    model = metrics["model"]
+    tables = [("Ground", [(name, model[name]) for name in SPLITS if name in model])]
+    for title, table in [*tables, *_classes(metrics.get("by", {}), split)]:
+        rows = [(name, row) for name, row in table if row.get("interval_coverage") is not None]
+        if rows:
+            yield title, rows
+
+
 def _interval(row: Mapping[str, Any], unit: str) -> str:
     low, high = (
         None if end is None or not math.isfinite(end) else f"{end:g}".replace("-", "−")
@@ -259,6 +278,29 @@ def _novel_share(rows: Sequence[Mapping[str, Any]], split: str) -> float | None:
     judged = [(row["lo"], row["n"]) for row in rows if row.get("split") == split]
     count = sum(n for _, n in judged)
     return sum(n for low, n in judged if low >= 1) / count if count else None
+
+
+def _hardness(shift: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """How unlike test ground is to training ground in its heights; None where nothing is known."""
+    rows = [(name, shift[name]) for name in SPLITS if shift.get(name, {}).get("n")]
+    if not rows:
+        return None
+    test, train = shift.get("test", {}), shift.get("train", {})
+    moved, spread = test.get("wasserstein_m"), train.get("std")
+    return {
+        "rows": rows,
+        "test": test if moved is not None else None,
+        "relative": moved / spread if moved is not None and spread else None,
+    }
+
+
+def _buffer(correlation: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How far errors go together, and what buffer and block that asks for, in pixels."""
+    if correlation.get("farthest_px") is None:
+        return None
+    length = correlation["length_px"]
+    least = math.ceil(correlation["farthest_px"] if length is None else length)
+    return {**correlation, "least": least, "block": _BLOCK * least}
 
 
 def _zones(
@@ -280,6 +322,30 @@ def _chosen_seam(prediction: Prediction | None) -> dict[str, float] | None:
         return None
     place = list(curve.halos).index(prediction.halo_px)
     return {name: getattr(curve, name)[place] for name in ("rms", "step", "largest")}
+
+
+def _learning(report: Report) -> dict[str, Any] | None:
+    """How training went, for the words beside its curves; None where nothing was trained."""
+    known = [
+        (rmse, row)
+        for row in report.history
+        if (rmse := row.get("validation_rmse")) is not None and math.isfinite(rmse)
+    ]
+    if len(known) < 2:
+        return None
+    reached, best = min(known, key=lambda pair: pair[0])
+    start = known[0][0] if known[0][1].get("epoch") == 0 else None
+    model = report.metrics.get("provenance", {}).get("settings", {}).get("model", {})
+    last = report.history[-1]
+    return {
+        "best": best,
+        "last": int(last.get("epoch") or 0),
+        "asked": model.get("epochs"),
+        "diverged": bool(last.get("diverged")),
+        "seconds": last.get("seconds"),
+        "start": start,
+        "gain": round(100 * (1 - reached / start)) if start else 0,
+    }
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
