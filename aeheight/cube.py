@@ -397,7 +397,7 @@ def open_cube(uri: str, *, decode: bool = False) -> xr.DataTree:
     """A tree as lazy xarray objects: one group a grid, coordinates at pixel centres, a CRS.
 
     Args:
-        uri: a run's `cube.zarr` or `heights.zarr`.
+        uri: a run's `cube.zarr`, `heights.zarr` or `calibrated.zarr`.
         decode: give `embedding` as float32 values in -1..1 (NaN: none) instead of int8 codes; also
             lazily, when a part is computed.
 
@@ -405,7 +405,8 @@ def open_cube(uri: str, *, decode: bool = False) -> xr.DataTree:
         InputError: there is none.
     """
     place = Store.at(uri)
-    inside = [name for name in ("cube.zarr", "heights.zarr") if place.exists(f"{name}/zarr.json")]
+    trees = ("cube.zarr", "heights.zarr", "calibrated.zarr")
+    inside = [name for name in trees if place.exists(f"{name}/zarr.json")]
     if inside:
         raise InputError(f"{uri} is a run's store: name {uri}/{' or /'.join(inside)}")
     open_tree(place)

@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Final, Literal
@@ -23,6 +23,8 @@ from aeheight.novelty import Novelty
 from aeheight.ridge import Ridge
 from aeheight.seams import Seams
 from aeheight.settings import ModelSettings
+from aeheight.spread import Spread
+from aeheight.trust import RADIUS, WHOLE, Trust
 
 Base = Literal["none", "ridge", "prior"]
 """What the network corrects: the mean height, the ridge regression, or the prior."""
@@ -34,6 +36,19 @@ _READABLE: Final = (1, FORMAT_VERSION)
 _STRIP = 64
 _HEAD = "segmentation_head."
 _PROTOTYPES = "novelty.prototypes"
+_SLIVER = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Further:
+    """Another run's cube that a model was trained on too."""
+
+    cube: str
+    """Its identity."""
+    split: str
+    """Fingerprint of its split."""
+    years: tuple[int, ...]
+    """Years of its embeddings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +71,14 @@ class Provenance:
     """Version of aeheight that trained it."""
     pixel_metres: float | None = None
     """Height of a pixel on the ground, metres; None: unknown."""
+    also: tuple[Further, ...] | None = None
+    """Further cubes that it was trained on; None: none."""
+
+    @classmethod
+    def from_dict(cls, known: Mapping[str, Any]) -> "Provenance":
+        """What `dataclasses.asdict` made of one, from JSON."""
+        also = [Further(**each | {"years": tuple(each["years"])}) for each in known.get("also", [])]
+        return cls(**{**known, "years": tuple(known["years"]), "also": tuple(also) or None})
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +103,17 @@ class Checkpoint:
     """Where it has been; None: trained by an older version."""
     seams: Seams | None = None
     """What a crop of a halo leaves of its windows' edges; None: not measured, or no network."""
+    spread: Spread | None = None
+    """How far its heights may be off; None: too little ground to tell, or an older version."""
+
+    trust: Trust = WHOLE
+    """How much of the network's correction is believed; all of it in models of older versions."""
 
     @property
     def rmse(self) -> float | None:
-        """RMSE on the validation ground of the weights that were kept, metres."""
+        """RMSE on the validation ground of what was kept, metres."""
+        if self.trust.rmse is not None:
+            return self.trust.rmse
         reached = [r["validation_rmse"] for r in self.history if "validation_rmse" in r]
         return min(reached, default=None)
 
@@ -128,7 +158,6 @@ class Checkpoint:
                 f"the checkpoint's model takes {bands} bands, and the embeddings have {BANDS}: "
                 "use a checkpoint that was trained on AlphaEarth embeddings"
             )
-        provenance = known["provenance"] | {"years": tuple(known["provenance"]["years"])}
         prefix = "network."
         return cls(
             model=ModelSettings.model_validate(known["model"]),
@@ -136,10 +165,12 @@ class Checkpoint:
             ridge=Ridge(weights=tensors["ridge.weights"].detach().numpy(), **known["ridge"]),
             scale=known["scale"],
             weights={k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)},
-            provenance=Provenance(**provenance),
+            provenance=Provenance.from_dict(known["provenance"]),
             history=tuple(json.loads(content["history"])),
             novelty=_novelty(known, tensors),
             seams=Seams.from_dict(known["seams"]) if "seams" in known else None,
+            spread=Spread.from_dict(known["spread"]) if "spread" in known else None,
+            trust=Trust.from_dict(known["trust"]) if "trust" in known else WHOLE,
         )
 
     def _facts(self) -> str:
@@ -159,6 +190,10 @@ class Checkpoint:
             facts["novelty"] = {"reach": self.novelty.reach}
         if self.seams is not None:
             facts["seams"] = self.seams.to_dict()
+        if self.spread is not None:
+            facts["spread"] = self.spread.to_dict()
+        if self.trust != WHOLE:
+            facts["trust"] = self.trust.to_dict()
         return _canonical(facts)
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -167,6 +202,11 @@ class Checkpoint:
         if self.novelty is not None:
             tensors[_PROTOTYPES] = torch.from_numpy(self.novelty.prototypes.copy())
         return tensors
+
+
+def _boxed(pixels: Tensor) -> Tensor:
+    """(n, 1, h, w) means over squares of `RADIUS` around each pixel, 0 past the edge."""
+    return torch.nn.functional.avg_pool2d(pixels, 2 * RADIUS + 1, 1, RADIUS)
 
 
 def _novelty(known: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Novelty | None:
@@ -247,9 +287,17 @@ def build(model: ModelSettings, bands: int = BANDS) -> torch.nn.Module:
 class HeightModel(torch.nn.Module):
     """Codes to heights on the device that it is moved to: the base and what the network adds."""
 
-    def __init__(self, settings: ModelSettings, base: Base, ridge: Ridge, scale: float) -> None:
+    def __init__(
+        self,
+        settings: ModelSettings,
+        base: Base,
+        ridge: Ridge,
+        scale: float,
+        make: Callable[[ModelSettings], torch.nn.Module] = build,
+    ) -> None:
         super().__init__()
-        self.network = None if settings.architecture == "ridge" else build(settings)
+        self.trust = WHOLE
+        self.network = None if settings.architecture == "ridge" else make(settings)
         self.base_kind: Base = base if self.network else "ridge"
         self.scale = scale
         self._mean, self._intercept = ridge.mean, ridge.intercept
@@ -297,10 +345,28 @@ class HeightModel(torch.nn.Module):
         return total
 
     def correction(self, codes: Tensor) -> Tensor:
-        """The network's output (n, h, w) in units of `scale`; missing embeddings count as 0."""
+        """What is added to the base, (n, h, w) in units of `scale`, as far as it is trusted."""
+        if self.trust.whole:
+            return self.output(codes)[:, 0]
+        relief, level = self.parts(codes)
+        return self.trust.relief * relief + self.trust.level * level
+
+    def parts(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Relief and level of the network's output, each (n, h, w) in units of `scale`.
+
+        The level is the mean over the pixels within `RADIUS` rows and columns that have an
+        embedding and lie in the window.
+        """
+        output, there = self.output(codes)[:, :1], (codes[:, :1] != NODATA)
+        sums = _boxed(torch.where(there, output, 0))
+        level = sums / _boxed(there.to(output.dtype)).clamp(min=_SLIVER)
+        return (output - level)[:, 0], level[:, 0]
+
+    def output(self, codes: Tensor) -> Tensor:
+        """All channels that the network gives, (n, channels, h, w); no embedding counts as 0."""
         assert self.network is not None
         output: Tensor = self.network(self._decoded(codes))
-        return output[:, 0]
+        return output
 
     def _decoded(self, codes: Tensor) -> Tensor:
         """Values (n, 64, h, w) float32 in the memory format channels_last.

@@ -24,7 +24,7 @@ on every device, whatever the codes are and however the pixels are cut into bloc
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,14 +93,20 @@ class Sample:
         self._rng, self._size, self._bar = np.random.default_rng(seed), size, math.inf
         self._keys: NDArray[np.float64] = np.empty(0)
         self._codes = np.empty((BANDS, 0), np.int8)
+        self._facts: tuple[NDArray[Any], ...] = ()
 
     @property
     def codes(self) -> NDArray[np.int8]:
         """(64, n) codes of the pixels that are kept, in the order in which they came."""
         return self._codes
 
-    def add(self, codes: NDArray[np.int8]) -> None:
-        """Offer pixels (64, n); those without an embedding are passed over."""
+    @property
+    def facts(self) -> tuple[NDArray[Any], ...]:
+        """What was added beside their codes, each (n,); empty before the first pixel."""
+        return self._facts
+
+    def add(self, codes: NDArray[np.int8], *facts: NDArray[Any]) -> None:
+        """Offer pixels (64, n), and facts (n,) of them; those without embedding are passed over."""
         there = np.flatnonzero(valid(codes))
         keys = self._rng.random(there.shape)
         low = keys < self._bar
@@ -108,9 +114,13 @@ class Sample:
             return
         self._keys = np.concatenate([self._keys, keys[low]])
         self._codes = np.concatenate([self._codes, codes[:, there[low]]], axis=1)
+        known = self._facts or [fact[:0] for fact in facts]
+        pairs = zip(known, facts, strict=True)
+        self._facts = tuple(np.concatenate([old, new[there[low]]]) for old, new in pairs)
         if self._keys.size > self._size:
             kept = np.sort(np.argpartition(self._keys, self._size)[: self._size])
             self._keys, self._codes = self._keys[kept], self._codes[:, kept]
+            self._facts = tuple(fact[kept] for fact in self._facts)
             self._bar = float(self._keys.max())
 
 

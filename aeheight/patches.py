@@ -1,35 +1,36 @@
-"""Blocks of ground, splits, and the patches that training draws straight from the cube.
+"""The patches that training draws straight from cubes."""
 
-A split is blocks of ground with a buffer between their uses, never random patches: neighbouring
-pixels of a height map are nearly equal, and a test on them would only measure that.
-"""
-
-import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from math import ceil
+from dataclasses import dataclass, field, replace
+from itertools import product
+from math import ceil, isqrt
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aeheight.cube import Tree
-from aeheight.embeddings import valid
-from aeheight.settings import SplitSettings
+from aeheight.embeddings import BANDS, valid
+from aeheight.pool import Pool, shuffled, stretch
+from aeheight.splits import TRAIN, VALIDATION
 from aeheight.windows import STRIDE, Region, Shape, tile
-
-UNUSED, TRAIN, VALIDATION, TEST = 0, 1, 2, 3
-USES = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 
 FEWEST = 128
 """Patches an epoch on small ground: with fewer, an epoch is too short a step to judge by."""
 
 CACHE_BYTES = 2**31
-"""Decoded chunks that training keeps in memory."""
+"""Decoded ground that training keeps in memory."""
 
-Area = float | NDArray[np.bool_]
-"""A share of the blocks, or (rows, columns) of the ground that is meant."""
+PIXEL_BYTES = BANDS + 4 + 4 + 1
+"""Of a decoded pixel: codes, height, prior, use."""
+
+_BLOCK = 1024
+"""Pixels along a block of ground that is read and held as a whole, where there is room for many."""
+_CHUNKS = 2
+"""Along a block at least: blocks of one chunk would begin at the same places in every epoch."""
+_BLOCKS = 16
+"""As many must have room, or they are made smaller: patches of few blocks are too alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,89 +51,11 @@ class Patch:
         usable: NDArray[np.bool_] = (self.use == use) & valid(self.codes) & ~np.isnan(self.height)
         return usable
 
-
-def draw_split(
-    settings: SplitSettings,
-    shape: Shape,
-    region: Region,
-    test: Area,
-    validation: Area,
-    foreign: NDArray[np.bool_] | None = None,
-) -> NDArray[np.uint8]:
-    """The use of every pixel of a region; the same pixel, the same use, whatever the region.
-
-    Blocks of the grid are shuffled by the seed; test ground is chosen first, validation ground
-    from the rest, the remainder trains. Training ground within `buffer` pixels (Chebyshev) of other
-    ground, and validation ground as near to test ground, is unused.
-
-    Args:
-        settings: block, buffer and seed.
-        shape: of the whole grid.
-        region: pixels to draw, inside the grid.
-        test: share of all blocks, or a mask over `region` grown by the buffer.
-        validation: share of the blocks that do not test, or such a mask.
-        foreign: such a mask of ground that another grid counts: unused here, and kept away from as
-            if it tested, since it may.
-
-    Returns:
-        (rows, columns) 0 unused, 1 train, 2 validation, 3 test.
-    """
-    seen = region.expand(settings.buffer)
-    tests, validates = _by_block(settings, shape, seen, test, validation)
-    if foreign is None:
-        foreign = np.zeros(seen.shape, dtype=bool)
-    tests, validates = tests & ~foreign, validates & ~foreign
-    near_test = _dilate(tests | foreign, settings.buffer)
-    near_other = _dilate(tests | validates | foreign, settings.buffer)
-    core = (
-        slice(settings.buffer, settings.buffer + region.height),
-        slice(settings.buffer, settings.buffer + region.width),
-    )
-    use = np.full(region.shape, TRAIN, dtype=np.uint8)
-    use[near_other[core]] = UNUSED
-    use[validates[core] & ~near_test[core]] = VALIDATION
-    use[tests[core]] = TEST
-    return use
-
-
-def _by_block(
-    settings: SplitSettings, shape: Shape, seen: Region, test: Area, validation: Area
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """(rows, columns) of `seen`: what tests, what validates, before the buffer."""
-    blocks = (ceil(shape[0] / settings.block), ceil(shape[1] / settings.block))
-    order = np.random.default_rng(settings.seed).permutation(blocks[0] * blocks[1])
-    rank = np.empty(order.size, dtype=np.int64)
-    rank[order] = np.arange(order.size)
-    rows = np.arange(seen.row, seen.bottom)
-    cols = np.arange(seen.col, seen.right)
-    inside = np.logical_and.outer((rows >= 0) & (rows < shape[0]), (cols >= 0) & (cols < shape[1]))
-    block_rows = np.clip(rows // settings.block, 0, blocks[0] - 1)
-    block_cols = np.clip(cols // settings.block, 0, blocks[1] - 1)
-    ranks = rank.reshape(blocks)[np.ix_(block_rows, block_cols)]
-    tested = 0
-    if isinstance(test, float | int):
-        tested = round(test * order.size)
-        tests = ranks < tested
-    else:
-        tests = test
-    if isinstance(validation, float | int):
-        validates = ranks >= order.size - round(validation * (order.size - tested))
-    else:
-        validates = validation
-    return tests & inside, validates & ~tests & inside
-
-
-def _dilate(mask: NDArray[np.bool_], radius: int) -> NDArray[np.bool_]:
-    """True within `radius` pixels, along rows or columns, of a true pixel (a square)."""
-    for axis in (0, 1):
-        sums = np.cumsum(mask, axis=axis, dtype=np.int32)
-        size = mask.shape[axis]
-        last = np.minimum(np.arange(size) + radius, size - 1)
-        first = np.arange(size) - radius - 1
-        before = np.take(sums, np.maximum(first, 0), axis=axis)
-        outside = np.expand_dims(first < 0, 1 - axis)
-        mask = np.take(sums, last, axis=axis) > np.where(outside, 0, before)
-    return mask
+    @property
+    def nbytes(self) -> int:
+        """Of all its arrays."""
+        prior = 0 if self.prior is None else self.prior.nbytes
+        return self.codes.nbytes + self.height.nbytes + prior + self.use.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,18 +65,19 @@ class Spot:
     group: str
     year: int
     region: Region
+    cube: int = 0
+    """Which of the cubes."""
+    block: Region | None = None
+    """The ground that is read and held as a whole for it; None: the chunks that it touches."""
 
 
-def _in_order(spot: Spot) -> tuple[str, int, Region]:
-    return spot.group, spot.year, spot.region
-
-
-_Reader = Callable[[str, str, int | None, Region], NDArray[Any]]
+def _in_order(spot: Spot) -> tuple[int, str, int, Region]:
+    return spot.cube, spot.group, spot.year, spot.region
 
 
 @dataclass(slots=True)
 class Patches:
-    """Training's view of a cube: what to sweep, where to look each epoch, what lies there."""
+    """Training's view of cubes: what to sweep, where to look each epoch, what lies there."""
 
     tree: Tree
     edge: int
@@ -162,24 +86,41 @@ class Patches:
     per_epoch: int | None = None
     """Patches an epoch; None: as many as cover the training ground once, 128 at least."""
     cache_bytes: int = CACHE_BYTES
-    """Decoded chunks that are kept in memory."""
+    """Decoded ground that is kept in memory. Where all training ground fits, spots come in a wholly
+    random order; else block by block."""
+    also: Sequence[Tree] = ()
+    """Further cubes that are drawn from alike."""
+    pool: Pool[Spot, Patch] = field(init=False)
+    """What is held."""
     _train: dict[Spot, int] = field(default_factory=dict)
     _validation: dict[Spot, int] = field(default_factory=dict)
-    _chunks: "OrderedDict[tuple[Any, ...], NDArray[Any]]" = field(default_factory=OrderedDict)
-    _held: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.pool = Pool(self._load, self.cache_bytes)
+
+    @property
+    def trees(self) -> tuple[Tree, ...]:
+        """All cubes."""
+        return (self.tree, *self.also)
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether patches have a prior: where every cube has one."""
+        return all("prior" in {x.name for x in tree.template.layers} for tree in self.trees)
 
     def sweep(self) -> Iterator[Patch]:
-        """Every shard that holds training ground, once; counts the usable ground on the way."""
+        """Every shard that trains or validates, once; counts the usable ground on the way."""
         self._train.clear()
         self._validation.clear()
-        for shard in self.tree.template.shards("embedding"):
-            assert shard.year is not None
-            spot = Spot(shard.group, shard.year, shard.region)
-            patch = self._read(spot, self.tree.read)
-            self._count(spot, patch)
-            if (patch.use == TRAIN).any():
-                yield patch
+        for cube, tree in enumerate(self.trees):
+            for shard in tree.template.shards("embedding"):
+                assert shard.year is not None
+                spot = Spot(shard.group, shard.year, shard.region, cube)
+                use = tree.read(spot.group, "split", None, spot.region)
+                if np.isin(use, (TRAIN, VALIDATION)).any():
+                    patch = self._load(spot)
+                    self._count(spot, patch)
+                    yield patch
 
     def _count(self, spot: Spot, patch: Patch) -> None:
         """Count usable pixels by cells, squares of the patch's size on the grid's corner."""
@@ -190,7 +131,7 @@ class Patches:
                 assert shared is not None
                 number = int(usable[shared.within(spot.region).slices].sum())
                 if number:
-                    key = Spot(spot.group, spot.year, cell)
+                    key = replace(spot, region=cell)
                     counts[key] = counts.get(key, 0) + number
 
     def _cells(self, region: Region) -> Iterator[Region]:
@@ -208,7 +149,8 @@ class Patches:
         """Spots of one epoch: ground is drawn in proportion to its usable training pixels.
 
         A spot is a cell moved by up to half a patch each way, kept inside the grid where the grid
-        is as large as a patch. The same seed and number give the same spots.
+        is as large as a patch, and inside its block where not all ground can be held. The same seed
+        and number give the same spots.
         """
         cells = sorted(self._train, key=_in_order)
         counts = np.array([self._train[cell] for cell in cells], dtype=np.float64)
@@ -216,13 +158,71 @@ class Patches:
         rng = np.random.default_rng([self.seed, number])
         chosen = rng.choice(len(cells), size=wanted, p=counts / counts.sum())
         moves = rng.integers(-(self.edge // 2), self.edge // 2, size=(wanted, 2), endpoint=True)
-        return [self._moved(cells[i], *move) for i, move in zip(chosen, moves, strict=True)]
+        spots = [self._moved(cells[i], *move) for i, move in zip(chosen, moves, strict=True)]
+        if self.ground_bytes() <= self.cache_bytes:
+            self.pool.expect({})
+            return spots
+        return self._by_blocks(spots, rng)
 
     def _moved(self, cell: Spot, down: int, right: int) -> Spot:
-        rows, cols = self.tree.template.grid(cell.group).shape
+        rows, cols = self._shape(cell)
         row = min(max(cell.region.row + int(down), 0), max(rows - self.edge, 0))
         col = min(max(cell.region.col + int(right), 0), max(cols - self.edge, 0))
-        return Spot(cell.group, cell.year, Region(row, col, self.edge, self.edge))
+        return replace(cell, region=Region(row, col, self.edge, self.edge))
+
+    def _shape(self, spot: Spot) -> Shape:
+        return self.trees[spot.cube].template.grid(spot.group).shape
+
+    def ground_bytes(self) -> int:
+        """Of all chunks that hold training ground, decoded; known after a sweep."""
+        chunks = {unit for cell in self._train for unit in self._units(cell)}
+        return sum(PIXEL_BYTES * unit.region.size for unit in chunks)
+
+    def _by_blocks(self, spots: Sequence[Spot], rng: np.random.Generator) -> Sequence[Spot]:
+        """Spots moved into blocks that are cut anew each epoch, and ordered by them."""
+        shift = rng.random(2)
+        spots = [self._in_block(spot, *shift) for spot in spots]
+        needed: dict[Spot, Region] = {}
+        for spot in spots:
+            key = _block_of(spot)
+            needed[key] = _around(spot.region, needed.get(key))
+        read = {key: self._in_chunks(key.cube, region) for key, region in needed.items()}
+        spots = [replace(spot, block=read[_block_of(spot)]) for spot in spots]
+        uses = Counter(_block_of(spot) for spot in spots)
+        largest = max(block.region.size for block in uses) * PIXEL_BYTES
+        order = shuffled(
+            [_block_of(spot) for spot in spots], max(self.cache_bytes // largest - 1, 1), rng
+        )
+        self.pool.expect(uses)
+        return [spots[i] for i in order]
+
+    def _in_block(self, spot: Spot, down: float, right: float) -> Spot:
+        """A spot moved into the block of its middle; `down` and `right` say where blocks begin."""
+        chunk = self.trees[spot.cube].template.cut.chunk
+        room = isqrt(self.cache_bytes // (_BLOCKS * PIXEL_BYTES))
+        edge = max(min(_BLOCK, room) // chunk, ceil(self.edge / chunk), _CHUNKS) * chunk
+
+        def along(at: int, size: int, share: float) -> tuple[int, int, int]:
+            """Where the patch begins, and where its block begins and ends."""
+            middle, least = min(at + self.edge // 2, size - 1), min(self.edge, size)
+            start, stop = stretch(middle, size, edge, int(share * edge / chunk) * chunk, least)
+            return max(min(at, stop - self.edge), start), start, stop
+
+        rows, cols = self._shape(spot)
+        row, top, bottom = along(spot.region.row, rows, down)
+        col, left, end = along(spot.region.col, cols, right)
+        return replace(
+            spot,
+            region=Region(row, col, self.edge, self.edge),
+            block=Region(top, left, bottom - top, end - left),
+        )
+
+    def _in_chunks(self, cube: int, region: Region) -> Region:
+        """The chunks that a region touches, as a region."""
+        chunk = self.trees[cube].template.cut.chunk
+        top, left = region.row // chunk * chunk, region.col // chunk * chunk
+        bottom, right = (ceil(end / chunk) * chunk for end in (region.bottom, region.right))
+        return Region(top, left, bottom - top, right - left)
 
     def validation(self) -> Sequence[Spot]:
         """Fixed spots, without overlap, that cover every usable validation pixel."""
@@ -254,53 +254,77 @@ class Patches:
 
     def _square(self, cell: Spot, edge: int) -> Spot | None:
         """The square, of those that tile its grid, in which the corner of a cell lies."""
-        rows, cols = self.tree.template.grid(cell.group).shape
+        rows, cols = self._shape(cell)
         edge = min(edge, rows, cols) // STRIDE * STRIDE
         if edge < 2 * STRIDE:
             return None
         row = min(cell.region.row // edge * edge, rows - edge)
         col = min(cell.region.col // edge * edge, cols - edge)
-        return Spot(cell.group, cell.year, Region(row, col, edge, edge))
+        return replace(cell, region=Region(row, col, edge, edge))
 
     def read(self, spot: Spot) -> Patch:
-        """The patch of a spot; blocks of the cube that were read lately are kept in memory."""
-        return self._read(spot, self._cached)
+        """The patch of a spot; ground that was read lately is kept in memory."""
+        units = [_block_of(spot)] if spot.block else self._units(spot)
+        return _cut(spot.region, [(unit.region, self.pool.get(unit)) for unit in units])
 
-    def _read(self, spot: Spot, reader: _Reader) -> Patch:
-        has_prior = any(layer.name == "prior" for layer in self.tree.template.layers)
+    def _units(self, spot: Spot) -> list[Spot]:
+        """The chunks that a spot touches."""
+        edge, region = self.trees[spot.cube].template.cut.chunk, spot.region
+        rows = range(region.row // edge * edge, region.bottom, edge)
+        cols = range(region.col // edge * edge, region.right, edge)
+        return [
+            replace(spot, region=Region(row, col, edge, edge), block=None)
+            for row, col in product(rows, cols)
+        ]
+
+    def _load(self, spot: Spot) -> Patch:
+        def read(layer: str, year: int | None = None) -> NDArray[Any]:
+            return self.trees[spot.cube].read(spot.group, layer, year, spot.region)
+
         return Patch(
-            codes=reader(spot.group, "embedding", spot.year, spot.region),
-            height=reader(spot.group, "height", None, spot.region),
-            prior=reader(spot.group, "prior", None, spot.region) if has_prior else None,
-            use=reader(spot.group, "split", None, spot.region),
+            codes=read("embedding", spot.year),
+            height=read("height"),
+            prior=read("prior") if self.has_prior else None,
+            use=read("split"),
         )
 
-    def _cached(self, group: str, layer: str, year: int | None, region: Region) -> NDArray[Any]:
-        """As `Tree.read`, by whole chunks, of which the latest `cache_bytes` stay decoded."""
-        spec, edge = self.tree.template.layer(layer), self.tree.template.cut.chunk
-        out = np.full((len(spec.bands),) * bool(spec.bands) + region.shape, spec.nodata, spec.dtype)
-        for row in range(region.row // edge * edge, region.bottom, edge):
-            for col in range(region.col // edge * edge, region.right, edge):
-                chunk = Region(row, col, edge, edge)
-                shared = chunk.intersect(region)
-                assert shared is not None
-                values = self._chunk(group, layer, year, chunk)
-                out[(..., *shared.within(region).slices)] = values[
-                    (..., *shared.within(chunk).slices)
-                ]
+
+def _block_of(spot: Spot) -> Spot:
+    assert spot.block is not None
+    return replace(spot, region=spot.block, block=None)
+
+
+def _around(region: Region, other: Region | None) -> Region:
+    """The smallest region that holds both."""
+    if other is None:
+        return region
+    row, col = min(region.row, other.row), min(region.col, other.col)
+    bottom, right = max(region.bottom, other.bottom), max(region.right, other.right)
+    return Region(row, col, bottom - row, right - col)
+
+
+def _cut(region: Region, units: Sequence[tuple[Region, Patch]]) -> Patch:
+    """The patch of a region out of the pieces of ground that it touches."""
+
+    def joined(take: Callable[[Patch], NDArray[Any]]) -> NDArray[Any]:
+        first = take(units[0][1])
+        out = np.empty((*first.shape[:-2], *region.shape), first.dtype)
+        for square, patch in units:
+            shared = square.intersect(region)
+            assert shared is not None
+            out[(..., *shared.within(region).slices)] = take(patch)[
+                (..., *shared.within(square).slices)
+            ]
         return out
 
-    def _chunk(self, group: str, layer: str, year: int | None, chunk: Region) -> NDArray[Any]:
-        key = (group, layer, year, chunk)
-        with self._lock:
-            if key in self._chunks:
-                self._chunks.move_to_end(key)
-                return self._chunks[key]
-        values = self.tree.read(group, layer, year, chunk)
-        with self._lock:
-            if key not in self._chunks:
-                self._chunks[key] = values
-                self._held += values.nbytes
-            while self._held > self.cache_bytes and len(self._chunks) > 1:
-                self._held -= self._chunks.popitem(last=False)[1].nbytes
-        return values
+    return Patch(
+        codes=joined(lambda patch: patch.codes),
+        height=joined(lambda patch: patch.height),
+        prior=None if units[0][1].prior is None else joined(_prior),
+        use=joined(lambda patch: patch.use),
+    )
+
+
+def _prior(patch: Patch) -> NDArray[np.float32]:
+    assert patch.prior is not None
+    return patch.prior

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aeheight.embeddings import BANDS, NODATA
+from aeheight.beside import Beside, layers_of
+from aeheight.embeddings import BANDS
 from aeheight.errors import InputError
 from aeheight.models import Checkpoint, HeightModel
-from aeheight.novelty import BLOCK, Novelty
 from aeheight.windows import STRIDE
 
 Precision = Literal["auto", "float32", "float16", "bfloat16"]
@@ -113,6 +113,7 @@ class Predictor:
         precision: Precision = "auto",
         *,
         novelty: bool = True,
+        spread: bool = True,
     ) -> None:
         """Put the model onto a device.
 
@@ -121,11 +122,13 @@ class Predictor:
             device: `cpu`, or `cuda` for the process's own GPU.
             precision: of the network.
             novelty: give it beside the heights, where the checkpoint knows how.
+            spread: likewise.
 
         Raises:
             InputError: the weights do not fit the network that the settings describe.
         """
         model = HeightModel(checkpoint.model, checkpoint.base, checkpoint.ridge, checkpoint.scale)
+        model.trust = checkpoint.trust
         if model.network is not None:
             _load(model.network, checkpoint)
             head: Any = model.network.segmentation_head
@@ -134,10 +137,9 @@ class Predictor:
         if precision == "auto":
             precision = "float16" if self._model.device.type == "cuda" else "float32"
         self._dtype = _DTYPES[precision]
-        known = checkpoint.novelty if novelty else None
-        self._novelty = None if known is None else _Distance(known).to(device)
-        self.layers: tuple[str, ...] = ("height",) if known is None else ("height", "novelty")
+        self.layers = layers_of(checkpoint, novelty=novelty, spread=spread)
         """What `submit` gives."""
+        self._beside = Beside(checkpoint, self.layers).to(device)
         self._most: int | None = None
         self._upload = torch.cuda.Stream() if self._on_gpu else None
         self.remarks: list[str] = []
@@ -272,7 +274,8 @@ class Predictor:
             correction = correction.nan_to_num(torch.inf, torch.inf, torch.inf)
             heights = heights + model.scale * correction
         heights = torch.where(model.usable(kept, kept_prior), heights, torch.nan).float()
-        return torch.stack([heights] if self._novelty is None else [heights, self._novelty(kept)])
+        layers: Tensor = self._beside(heights, kept)
+        return layers
 
     def _check(self, codes: NDArray[np.int8], prior: NDArray[np.float32] | None) -> None:
         n, bands, height, width = codes.shape
@@ -309,32 +312,6 @@ class _InFloat32(torch.nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             output: Tensor = self._layer(features.float())
         return output
-
-
-class _Distance(torch.nn.Module):
-    """`Novelty.distance` on any device, to the last bit."""
-
-    def __init__(self, novelty: Novelty) -> None:
-        super().__init__()
-        self._reach = novelty.reach
-        self._weights: Tensor
-        self._offsets: Tensor
-        self.register_buffer("_weights", torch.from_numpy(novelty.weights))
-        self.register_buffer("_offsets", torch.from_numpy(novelty.offsets))
-
-    def forward(self, codes: Tensor) -> Tensor:
-        """Codes (n, 64, h, w) to novelty (n, h, w) float32, NaN where there is no embedding."""
-        n, bands, height, width = codes.shape
-        novelty = torch.empty((n, height * width), device=codes.device)
-        for sample, target in zip(codes.reshape(n, bands, -1), novelty, strict=True):
-            for start in range(0, height * width, BLOCK):
-                part = slice(start, start + BLOCK)
-                q = sample[:, part].float()
-                nearest = torch.addmm(self._offsets, self._weights, q, beta=-1).amax(dim=0)
-                squares = q.square().sum(dim=0) - nearest
-                target[part] = squares.double().sqrt() / self._reach
-        there = codes[:, 0] != NODATA
-        return torch.where(there, novelty.view(n, height, width), torch.nan)
 
 
 def _load(network: torch.nn.Module, checkpoint: Checkpoint) -> None:

@@ -366,7 +366,9 @@ def _connect(uri: str, access: AccessSettings | None, patience: timedelta) -> An
     if uri.startswith("memory://"):
         return from_url(uri)
     scheme, access = uri.partition("://")[0], access or AccessSettings()
-    config: Any = {"skip_signature": True} if access.anonymous else {}
+    # The web knows no signatures, and obstore takes no setting for it.
+    signed = not scheme.startswith("http")
+    config: Any = {"skip_signature": True} if access.anonymous and signed else {}
     client: Any = dict(_TIMEOUTS)
     if scheme.startswith("s3"):
         config |= {"request_payer": True} if access.requester_pays else {}

@@ -196,7 +196,9 @@ def test_metrics_are_those_of_numpy_on_whole_arrays(small_run):
 
 def test_metrics_json_has_the_contracts_form(small_run):
     metrics = small_run.metrics()
-    assert set(metrics) == {"model", "baselines", "by", "zones", "provenance"}
+    assert set(metrics) == {
+        "model", "baselines", "by", "zones", "shift", "correlation", "provenance"
+    }  # fmt: skip
     assert metrics["zones"] == []
     rows = [
         row

@@ -1,5 +1,6 @@
-"""The split against plain loops over pixels, and the patches against the arrays of a small cube."""
+"""The patches against the arrays of a small cube."""
 
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise, product
@@ -12,171 +13,14 @@ from hypothesis import strategies as st
 from aeheight.cube import Tree, create
 from aeheight.embeddings import BAND_NAMES, BANDS, NODATA, valid
 from aeheight.grid import Grid
-from aeheight.patches import TEST, TRAIN, UNUSED, VALIDATION, Patch, Patches, Spot, draw_split
+from aeheight.patches import PIXEL_BYTES, Patch, Patches, Spot
 from aeheight.settings import CubeSettings, SplitSettings
+from aeheight.splits import TEST, TRAIN, UNUSED, VALIDATION, draw_split
 from aeheight.store import Store
 from aeheight.template import Layer, Template
 from aeheight.windows import Region, whole
 
 ANY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
-
-# --- the split ---------------------------------------------------------------------------------
-
-
-def window_of(mask, region):
-    """The part of a whole grid's mask that lies in a region; False past the edge."""
-    if not isinstance(mask, np.ndarray):
-        return mask
-    out = np.zeros(region.shape, dtype=bool)
-    inside = region.intersect(whole(mask.shape))
-    if inside is not None:
-        out[inside.within(region).slices] = mask[inside.slices]
-    return out
-
-
-def split(wanted, shape, region=None, test=None, validation=None):
-    """`draw_split` with shares from the settings, or with masks of the whole grid."""
-    region = region or whole(shape)
-    test, validation = (
-        window_of(default if given is None else given, region.expand(wanted.buffer))
-        for given, default in ((test, wanted.test), (validation, wanted.validation))
-    )
-    return draw_split(wanted, shape, region, test, validation)
-
-
-def within(mask, radius):
-    """Pixels within `radius` (Chebyshev) of a true one, by one shift after the other."""
-    rows, cols = mask.shape
-    padded = np.pad(mask, radius)
-    near = np.zeros_like(mask)
-    for down, right in product(range(2 * radius + 1), repeat=2):
-        near |= padded[down : down + rows, right : right + cols]
-    return near
-
-
-@st.composite
-def splits(draw):
-    """Settings, a grid's shape, and test and validation ground as shares or masks."""
-    shape = draw(st.tuples(st.integers(1, 40), st.integers(1, 40)))
-    wanted = SplitSettings(
-        block=draw(st.integers(1, 12)),
-        buffer=draw(st.integers(0, 6)),
-        test=draw(st.floats(0, 1)),
-        validation=draw(st.floats(0, 1)),
-        seed=draw(st.integers(0, 9)),
-    )
-    rng = np.random.default_rng(wanted.seed)
-    masks = [rng.random(shape) < 0.02 if draw(st.booleans()) else None for _ in range(2)]
-    return wanted, shape, *masks
-
-
-@ANY
-@given(case=splits(), data=st.data())
-def test_a_pixel_has_the_same_use_in_any_cut(case, data):
-    wanted, shape, test, validation = case
-    everything = split(wanted, shape, None, test, validation)
-    cuts = [
-        [0, *sorted(data.draw(st.sets(st.integers(1, size - 1), max_size=2))), size]
-        if size > 1
-        else [0, 1]
-        for size in shape
-    ]
-    for (top, bottom), (left, right) in product(pairwise(cuts[0]), pairwise(cuts[1])):
-        part = Region(top, left, bottom - top, right - left)
-        use = split(wanted, shape, part, test, validation)
-        assert use.dtype == np.uint8
-        np.testing.assert_array_equal(use, everything[part.slices])
-
-
-@ANY
-@given(splits())
-def test_the_buffer_is_exactly_what_lies_near_other_ground(case):
-    wanted, shape, test, validation = case
-    raw = split(wanted.model_copy(update={"buffer": 0}), shape, None, test, validation)
-    assert UNUSED not in raw
-    tests, validates = raw == TEST, raw == VALIDATION
-    expected = np.where(within(tests | validates, wanted.buffer), UNUSED, TRAIN)
-    expected[validates & ~within(tests, wanted.buffer)] = VALIDATION
-    expected[tests] = TEST
-    use = split(wanted, shape, None, test, validation)
-    np.testing.assert_array_equal(use, expected)
-    assert not (within(use >= VALIDATION, wanted.buffer) & (use == TRAIN)).any()
-    assert not (within(use == TEST, wanted.buffer) & (use == VALIDATION)).any()
-
-
-@ANY
-@given(
-    blocks=st.tuples(st.integers(1, 8), st.integers(1, 8)),
-    test=st.floats(0, 1),
-    validation=st.floats(0, 1),
-    seed=st.integers(0, 99),
-)
-def test_shares_are_shares_of_whole_blocks(blocks, test, validation, seed):
-    wanted = SplitSettings(block=5, buffer=0, test=test, validation=validation, seed=seed)
-    use = split(wanted, (blocks[0] * 5, blocks[1] * 5))
-    of_block = use.reshape(blocks[0], 5, blocks[1], 5).transpose(0, 2, 1, 3).reshape(-1, 25)
-    assert (of_block == of_block[:, :1]).all()
-    tested = round(test * len(of_block))
-    validated = round(validation * (len(of_block) - tested))
-    counts = np.bincount(of_block[:, 0], minlength=4).tolist()
-    assert counts == [0, len(of_block) - tested - validated, validated, tested]
-
-
-def test_shares_of_ragged_ground_are_about_right():
-    use = split(SplitSettings(block=20, buffer=0, test=0.2, validation=0.1), (1690, 2370))
-    shares = np.bincount(use.ravel(), minlength=4) / use.size
-    np.testing.assert_allclose(shares, [0, 0.72, 0.08, 0.2], atol=0.01)
-
-
-def test_a_mask_is_taken_as_it_is_and_validation_is_a_share_of_the_rest():
-    shape, wanted = (400, 400), SplitSettings(block=10, buffer=3, test=0.5, validation=0.25)
-    east = np.zeros(shape, dtype=bool)
-    east[:, 250:] = True
-    use = split(wanted, shape, test=east)
-    np.testing.assert_array_equal(use == TEST, east)
-    raw = split(wanted.model_copy(update={"buffer": 0}), shape, test=east)
-    assert (raw[:, :250] == VALIDATION).mean() == pytest.approx(0.25, abs=0.03)
-    both = split(wanted, shape, test=east, validation=np.ones(shape, dtype=bool))
-    np.testing.assert_array_equal(both[:, :247], VALIDATION)
-    np.testing.assert_array_equal(both[:, 247:250], UNUSED)
-    np.testing.assert_array_equal(both[:, 250:], TEST)
-
-
-def test_ground_past_the_edge_has_no_use():
-    """Bounds and polygons may reach past the grid; what lies there needs no buffer."""
-    wanted, region = SplitSettings(block=5, buffer=3, test=0.5, validation=0.5), whole((20, 30))
-    past = np.ones((26, 36), dtype=bool)
-    past[3:-3, 3:-3] = False
-    for test, validation in ((past, 0), (0, past), (past, past)):
-        assert (draw_split(wanted, region.shape, region, test, validation) == TRAIN).all()
-
-
-@pytest.mark.parametrize(
-    ("test", "validation", "use"),
-    [(1.0, 0.1, TEST), (1, 1, TEST), (0.0, 1.0, VALIDATION), (0, 0, TRAIN)],
-)
-def test_all_ground_can_have_one_use(test, validation, use):
-    wanted = SplitSettings(block=7, buffer=5, test=test, validation=validation)
-    assert (split(wanted, (50, 60)) == use).all()
-
-
-def test_the_seed_decides_and_a_larger_share_keeps_the_smaller_ones_ground():
-    shape = (100, 100)
-    small, large, other = (
-        split(SplitSettings(block=10, buffer=0, test=test, seed=seed), shape)
-        for test, seed in ((0.2, 0), (0.4, 0), (0.2, 1))
-    )
-    again = split(SplitSettings(block=10, buffer=0, test=0.2, seed=0), shape)
-    np.testing.assert_array_equal(again, small)
-    assert (small != other).any()
-    assert (large[small == TEST] == TEST).all()
-
-
-def test_a_split_is_known():
-    """A model's test ground must not become another's training ground with the next version."""
-    use = split(SplitSettings(block=1, buffer=0, test=0.25, validation=0.2, seed=0), (4, 6))
-    assert ["".join(map(str, row)) for row in use] == ["123131", "111233", "112211", "311311"]
 
 
 # --- a cube to draw from -----------------------------------------------------------------------
@@ -215,7 +59,8 @@ def arrays_of(grid, rng):
         codes[year][:, rng.random(grid.shape) < 0.2] = NODATA
     heights = rng.normal(100, 20, (2, *grid.shape)).astype(np.float32)
     heights[rng.random(heights.shape) < 0.1] = np.nan
-    use = split(SplitSettings(block=8, buffer=1, test=0.2, validation=0.2), grid.shape)
+    wanted = SplitSettings(block=8, buffer=1, seed=0)
+    use = draw_split(wanted, grid.shape, whole(grid.shape), 0.2, 0.2)
     use[:32, :32] = np.where(use[:32, :32] == TRAIN, UNUSED, use[:32, :32])
     return {
         **{(grid.name, "embedding", year): codes[year] for year in YEARS},
@@ -283,19 +128,31 @@ def test_usable_is_what_has_the_use_an_embedding_and_a_height():
 # --- sweep -------------------------------------------------------------------------------------
 
 
-def test_a_sweep_sees_every_training_pixel_once(world):
+def test_a_sweep_sees_every_pixel_that_trains_or_validates_once(world):
     seen = [*Patches(world.tree, 24, 0).sweep()]
     shards = [
         shard
         for shard in world.tree.template.shards("embedding")
-        if (world.arrays[shard.group, "split", None][shard.region.slices] == TRAIN).any()
+        if np.isin(
+            world.arrays[shard.group, "split", None][shard.region.slices], (TRAIN, VALIDATION)
+        ).any()
     ]
-    assert 0 < len(shards) < len(world.tree.template.shards("embedding"))
+    assert len(shards) > 0
     for patch, shard in zip(seen, shards, strict=True):
         assert_same_patch(
             patch, plain_patch(world.tree, Spot(shard.group, shard.year, shard.region))
         )
-    assert sum(patch.usable(TRAIN).sum() for patch in seen) == world.total(TRAIN)
+    for use in (TRAIN, VALIDATION):
+        assert sum(patch.usable(use).sum() for patch in seen) == world.total(use)
+
+
+def test_a_sweep_passes_over_ground_that_neither_trains_nor_validates(tmp_path):
+    patches = open_ground(
+        tmp_path / "cube.zarr",
+        (64, 192),
+        [(Region(0, 0, 64, 64), TEST), (Region(0, 64, 64, 64), 2)],
+    )
+    assert [patch.usable(VALIDATION).all() for patch in patches.sweep()] == [True]
 
 
 @pytest.mark.parametrize("edge", [2, 3])
@@ -486,6 +343,7 @@ spots = st.builds(
     ),
 )
 CHUNK = BANDS * 16 * 16
+ONE_CHUNK = PIXEL_BYTES * 16 * 16
 
 
 @settings(deadline=None, max_examples=30)
@@ -494,9 +352,7 @@ def test_a_read_is_what_the_cube_holds_whatever_is_cached(world, wanted, cache):
     patches = Patches(world.tree, 16, 0, cache_bytes=cache * CHUNK)
     for spot in [*wanted, *wanted[::-1]]:
         assert_same_patch(patches.read(spot), plain_patch(world.tree, spot))
-        held = [values.nbytes for values in patches._chunks.values()]
-        assert sum(held) == patches._held
-        assert patches._held <= patches.cache_bytes or len(held) == 1
+        assert patches.pool.bytes <= max(patches.cache_bytes, ONE_CHUNK)
 
 
 @dataclass
@@ -527,8 +383,7 @@ def test_a_chunk_is_read_once_while_it_is_kept(world):
 
 def test_the_chunk_used_longest_ago_makes_room(world):
     tree = Counting(world.tree)
-    room = 2 * (CHUNK + 2 * 4 * 256 + 256)  # two patches of one chunk, in four layers
-    patches = Patches(tree, 16, 0, cache_bytes=room)
+    patches = Patches(tree, 16, 0, cache_bytes=2 * ONE_CHUNK)
     a, b, c = (Spot("utm10n", 2020, Region(0, col, 16, 16)) for col in (0, 16, 32))
 
     def reads(spot):
@@ -552,8 +407,7 @@ def test_threads_may_read_at_once(world):
     with ThreadPoolExecutor(4) as pool:
         for spot, patch in zip(spots, pool.map(patches.read, spots), strict=True):
             assert_same_patch(patch, plain_patch(world.tree, spot))
-    assert patches._held == sum(values.nbytes for values in patches._chunks.values())
-    assert patches._held <= patches.cache_bytes
+    assert patches.pool.bytes <= patches.cache_bytes
 
 
 def test_a_patch_past_the_edge_is_nodata_there(world):
@@ -563,3 +417,117 @@ def test_a_patch_past_the_edge_is_nodata_there(world):
     assert valid(patch.codes)[:33, :20].any()
     assert np.isnan(patch.height[33:]).all()
     assert (patch.use[:, 20:] == UNUSED).all()
+
+
+# --- ground that is larger than the memory -----------------------------------------------------
+
+LARGE = (320, 256)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A cube of 80 chunks of 32 px, all of it ground that trains; every height is its place."""
+    grid = Grid("EPSG:32610", 10, 400_000, 4_000_000, LARGE)
+    template = Template((grid,), (EMBEDDING, HEIGHT, SPLIT), (2021,),
+                        CubeSettings(shard=64, chunk=32), "cube of a test")  # fmt: skip
+    tree = create(Store.at(tmp_path_factory.mktemp("large") / "cube.zarr"), template)
+    place = np.arange(LARGE[0] * LARGE[1], dtype=np.float32).reshape(LARGE)
+    codes = np.random.default_rng(0).integers(-127, 128, (BANDS, *LARGE), dtype=np.int8)
+    whole_layers = {"embedding": codes, "height": place, "split": np.full(LARGE, TRAIN, np.uint8)}
+    for name, values in whole_layers.items():
+        for shard in template.shards(name):
+            tree.write(shard, np.ascontiguousarray(values[(..., *shard.region.slices)]))
+    return tree
+
+
+def limited(tree, share, **more):
+    patches = Patches(tree, 16, 0, cache_bytes=int(share * 80 * 32**2 * PIXEL_BYTES), **more)
+    for _ in patches.sweep():
+        pass
+    return patches
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.7])
+def test_each_byte_is_decoded_once_an_epoch_however_small_the_memory(large, share):
+    patches = limited(large, share)
+    assert patches.ground_bytes() == 80 * 32**2 * PIXEL_BYTES
+    for number in (1, 2):
+        before, tree_reads = patches.pool.loaded, Counting(large)
+        patches.tree = tree_reads
+        for spot in patches.epoch(number):
+            patch = patches.read(spot)
+            assert patch.codes.shape == (BANDS, 16, 16)
+            assert patch.height[0, 0] == spot.region.row * LARGE[1] + spot.region.col
+            assert patches.pool.bytes <= patches.cache_bytes
+        patches.tree = large
+        regions = [region for _, layer, _, region in tree_reads.regions if layer == "embedding"]
+        drawn = np.zeros(LARGE, int)
+        for region in regions:
+            drawn[region.intersect(whole(LARGE)).slices] += 1
+        assert drawn.max() == 1
+        decoded = (patches.pool.loaded - before) / patches.ground_bytes()
+        assert 0.8 < decoded <= 1  # the prior, which this cube lacks, counts as 4 bytes of 73
+        assert patches.pool.bytes == 0  # nothing is kept that is over
+
+
+def test_an_order_by_blocks_is_decided_by_seed_and_number_and_mixes_blocks(large):
+    patches = limited(large, 0.3)
+    first = patches.epoch(1)
+    assert first == patches.epoch(1) == limited(large, 0.3).epoch(1)
+    assert first != patches.epoch(2)
+    cuts = {frozenset(spot.block for spot in patches.epoch(number)) for number in range(1, 9)}
+    assert len(cuts) > 1  # blocks are cut elsewhere from epoch to epoch
+    in_batches = [len({spot.block for spot in first[i : i + 16]}) for i in range(0, 300, 16)]
+    assert np.mean(in_batches) > 3
+    runs = sum(a.block == b.block for a, b in pairwise(first)) / len(first)
+    assert runs < 0.5
+
+
+def test_blocks_draw_all_ground_alike(large):
+    """Over many epochs, each pixel away from the grid's edge is drawn about as often."""
+    patches = limited(large, 0.3, per_epoch=2_000)
+    counts = np.zeros(LARGE)
+    for number in range(1, 31):
+        for spot in patches.epoch(number):
+            counts[spot.region.slices] += 1
+    inside = counts[16:-16, 16:-16]
+    assert inside.std() / inside.mean() < 0.25
+    assert inside.min() > 0.4 * inside.mean()
+
+
+def test_ground_that_fits_is_drawn_in_any_order(large):
+    roomy, tight = limited(large, 1.0), limited(large, 0.99)
+    assert {spot.block for spot in roomy.epoch(1)} == {None}
+    assert None not in {spot.block for spot in tight.epoch(1)}
+    for spot in roomy.epoch(1) + roomy.epoch(2):
+        roomy.read(spot)
+    assert roomy.pool.loaded <= roomy.ground_bytes()
+
+
+# --- several cubes -----------------------------------------------------------------------------
+
+
+def test_cubes_are_drawn_from_in_proportion_to_their_ground(world, large):
+    patches = Patches(world.tree, 16, 0, per_epoch=4_000, also=[large])
+    seen = sum(patch.usable(TRAIN).sum() for patch in patches.sweep())
+    assert seen == world.total(TRAIN) + LARGE[0] * LARGE[1]
+    spots = patches.epoch(1)
+    share = sum(spot.cube == 0 for spot in spots) / len(spots)
+    assert share == pytest.approx(world.total(TRAIN) / seen, abs=0.03)
+    for cube in (0, 1):
+        spot = next(spot for spot in spots if spot.cube == cube)
+        plain = Patches(patches.trees[cube], 16, 0).read(Spot(spot.group, spot.year, spot.region))
+        np.testing.assert_array_equal(patches.read(spot).codes, plain.codes)
+    assert patches.read(spots[0]).prior is None  # one of them has none
+    assert {spot.cube for spot in patches.validation()} == {0}
+
+
+def test_patches_travel_to_another_process_without_what_they_hold(large):
+    patches = limited(large, 0.3)
+    patches.read(Spot("utm10n", 2021, Region(0, 0, 16, 16)))
+    assert patches.pool.bytes > 0
+    twin = pickle.loads(pickle.dumps(patches))
+    assert twin.pool.bytes == 0
+    assert twin.epoch(3) == patches.epoch(3)
+    spot = patches.epoch(3)[0]
+    np.testing.assert_array_equal(twin.read(spot).codes, patches.read(spot).codes)

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aeheight.beside import layers_of
 from aeheight.cube import Tree
 from aeheight.errors import InputError
 from aeheight.inference import predict_region
 from aeheight.models import Checkpoint
 from aeheight.predictor import Predictor, best_device
 from aeheight.settings import CubeSettings, PredictSettings
+from aeheight.spread import LEVEL
 from aeheight.template import Layer, Shard, Template
 from aeheight.windows import STRIDE, Lattice, Region, Shape, recut
 
@@ -118,23 +120,30 @@ def check_windows(settings: PredictSettings) -> None:
 def template(cube: Template, checkpoint: Checkpoint, settings: PredictSettings) -> Template:
     """The map of a cube, before its first pixel."""
     assert settings.shard is not None
+    made = {"checkpoint": checkpoint.digest}
     about = {
-        "long_name": "predicted height",
-        "standard_name": "surface_altitude",
-        "units": "m",
-        "surface": checkpoint.provenance.surface,
-        "vertical_datum": checkpoint.provenance.vertical_datum,
-        "checkpoint": checkpoint.digest,
-    }
-    layers = [Layer("height", "float32", np.nan, timed=True, attributes=about)]
-    if settings.novelty and checkpoint.novelty is not None:
-        far = {
+        "height": {
+            "long_name": "predicted height",
+            "standard_name": "surface_altitude",
+            "units": "m",
+            "surface": checkpoint.provenance.surface,
+            "vertical_datum": checkpoint.provenance.vertical_datum,
+        },
+        "novelty": {
             "long_name": "distance of the embedding from those trained on; 1 is the 99th percentile"
             " of the validation ground",
             "units": "1",
-            "checkpoint": checkpoint.digest,
-        }
-        layers.append(Layer("novelty", "float32", np.nan, timed=True, attributes=far))
+        },
+        "spread": {
+            "long_name": f"half width of the interval about height that holds {LEVEL:.0%} of the"
+            " true heights, on ground like that trained on",
+            "units": "m",
+        },
+    }
+    told = layers_of(checkpoint, novelty=settings.novelty, spread=settings.spread)
+    layers = [
+        Layer(name, "float32", np.nan, timed=True, attributes=about[name] | made) for name in told
+    ]
     return replace(
         cube,
         layers=tuple(layers),
@@ -159,7 +168,9 @@ def predictor_for(checkpoint: Checkpoint, settings: PredictSettings) -> Predicto
             "predict.device is gpu, and PyTorch sees none on this worker: give it one (and an "
             "image with CUDA), or set predict.device to auto"
         )
-    return Predictor(checkpoint, device, settings.precision, novelty=settings.novelty)
+    return Predictor(
+        checkpoint, device, settings.precision, novelty=settings.novelty, spread=settings.spread
+    )
 
 
 def compute(

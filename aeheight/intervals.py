@@ -1,0 +1,85 @@
+"""Do the intervals of height ± spread hold the true heights? From integer sums that merge."""
+
+from dataclasses import dataclass
+from typing import Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+Summary = dict[str, float | None]
+
+_PARTS: Final = 16
+"""Bins of |d| / spread for each whole one."""
+_LARGEST: Final = 8
+"""From here on |d| / spread is counted as one."""
+_MILLIMETRES: Final = 1000
+
+GLOSSARY: Final[dict[str, str]] = {
+    "interval_coverage": "Share of the pixels whose reference lies within predicted ± spread: 0.9 "
+    "is what the spread is calibrated for.",
+    "spread": "Mean spread, half the width of the 90 % interval, metres.",
+    "interval_score": "Mean of width + 20 × how far the reference lies outside, metres: the lower "
+    "the better, for intervals that are both narrow and right (Gneiting & Raftery 2007).",
+    "interval_factor": "What the spreads would have to be multiplied by to hold 90 % here.",
+}
+"""What each figure of a summary means."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Intervals:
+    """Sums over pixels that have a reference, a height and a spread; `+` merges them, exactly.
+
+    The interval score: Gneiting & Raftery (2007), doi:10.1198/016214506000001437, eq. 43.
+    """
+
+    sums: NDArray[np.int64]
+    """(4 + k,) pixels, those within, their spreads and what lies outside in millimetres; then a
+    histogram of |d| / spread, the last bin for all from 8 on."""
+
+    @classmethod
+    def zero(cls) -> Self:
+        """Nothing judged: what `+` leaves unchanged."""
+        return cls(np.zeros(4 + _PARTS * _LARGEST + 1, np.int64))
+
+    @classmethod
+    def of(cls, difference: NDArray[np.float32], spread: NDArray[np.float32]) -> Self:
+        """Sum up pixels (n,): predicted - reference and spread above 0, metres, all finite."""
+        error, half = np.abs(difference.astype(np.float64)), spread.astype(np.float64)
+        outside = np.maximum(error - half, 0.0)
+        bins = np.minimum(error / half * _PARTS, _PARTS * _LARGEST).astype(np.int64)
+        totals = (half.size, (error <= half).sum(), _millimetres(half), _millimetres(outside))
+        counts = np.bincount(bins, minlength=_PARTS * _LARGEST + 1)
+        return cls(np.concatenate([totals, counts]).astype(np.int64))
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(self.sums + other.sums)
+
+    def summary(self) -> Summary:
+        """The figures that `GLOSSARY` explains; None where there are no pixels.
+
+        `interval_factor` is right to 1/16, and None from 8 on.
+        """
+        n, within, half, outside = (int(value) for value in self.sums[:4])
+        if n == 0:
+            return dict.fromkeys(GLOSSARY)
+        return {
+            "interval_coverage": within / n,
+            "spread": half / n / _MILLIMETRES,
+            "interval_score": (2 * half + 20 * outside) / n / _MILLIMETRES,
+            "interval_factor": self._factor(0.9 * n),
+        }
+
+    def _factor(self, wanted: float) -> float | None:
+        """|d| / spread below which so many pixels lie, linear within a bin."""
+        below = np.concatenate([[0], np.cumsum(self.sums[4:-1])])
+        if below[-1] < wanted:
+            return None
+        edges = np.arange(below.size) / _PARTS
+        k = int(np.searchsorted(below, wanted))
+        share = (wanted - below[k - 1]) / (below[k] - below[k - 1])
+        return float(edges[k - 1] + share / _PARTS)
+
+
+def _millimetres(metres: NDArray[np.float64]) -> int:
+    """Rounded pixel by pixel, so that the sum is the same in every order."""
+    return int(np.rint(metres * _MILLIMETRES).astype(np.int64).sum())

@@ -1,0 +1,123 @@
+"""Trust: known answers first, then what chance may not do."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aeheight.embeddings import NODATA
+from aeheight.models import Checkpoint, HeightModel, Provenance
+from aeheight.predictor import Predictor
+from aeheight.ridge import Ridge
+from aeheight.settings import ModelSettings
+from aeheight.trust import FEWEST, RADIUS, WHOLE, Held, Trust, earned
+
+UNET = ModelSettings(architecture="unet", patch=64)
+
+
+def patches(factor, noise, level=0.0, number=12, seed=0):
+    """Errors that are `factor` times a relief of SD 1, and `level` times a level, and noise."""
+    rng = np.random.default_rng(seed)
+    for _ in range(number):
+        relief, levels, errors = rng.normal(size=(3, 400))
+        yield Held(factor * relief + level * levels + noise * errors, relief, levels)
+
+
+def test_a_correction_that_explains_everything_is_believed():
+    trust = earned(patches(1, 0, level=1))
+    assert (trust.relief, trust.level) == pytest.approx((1, 1), abs=1e-9)
+    assert trust.rmse == pytest.approx(0, abs=1e-6)
+
+
+def test_a_relief_is_shrunk_to_what_it_earns_and_the_level_is_not_believed():
+    trust = earned(patches(0.5, 2.0, number=400))
+    assert trust.relief == pytest.approx(0.5, abs=0.03)
+    assert trust.level == 0
+    assert trust.rmse == pytest.approx(2.0, rel=0.01)
+
+
+def test_half_explained_is_half_way():
+    relief, level = np.random.default_rng(0).normal(size=(2, 1000))
+    level *= np.linalg.norm(relief) / np.linalg.norm(level)
+    level -= relief * (relief @ level) / (relief @ relief)  # at right angles
+    errors = relief + level * 0
+    held = Held(errors, relief / 2, 0 * level)  # 1 - 0.5² of it is explained
+    assert earned([held] * 8).level == 1
+    weak = Held(errors, (1 - np.sqrt(0.5)) * relief, 0 * level)
+    assert earned([weak] * 8).level == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("held", [[], list(patches(1, 1, number=FEWEST - 1))])
+def test_too_little_ground_earns_nothing_of_a_weak_correction(held):
+    trust = earned([replace(each, errors=3 * each.errors) for each in held])
+    assert (trust.relief, trust.level) == (0, 0)
+
+
+def test_chance_is_hardly_ever_believed():
+    believed = [earned(patches(0, 1, seed=seed)).relief for seed in range(200)]
+    assert np.mean(np.array(believed) > 0) < 0.08
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(-2, 3), st.floats(0, 3), st.floats(-2, 3), st.integers(1, 20), st.integers(0, 99))
+def test_on_the_ground_that_it_was_earned_on_it_never_harms(factor, noise, level, number, seed):
+    held = list(patches(factor, noise, level, number, seed))
+    trust = earned(held)
+    left = [h.errors - trust.relief * h.relief - trust.level * h.level for h in held]
+    rmse = np.sqrt(np.mean(np.square(left)))
+    assert rmse <= np.sqrt(np.mean([h.errors**2 for h in held])) + 1e-9
+    assert 0 <= trust.level <= trust.relief <= 1
+    if trust.rmse is not None:
+        assert trust.rmse == pytest.approx(rmse, abs=1e-6)
+
+
+# --- in the model --------------------------------------------------------------------------------
+
+
+def some_model(trust):
+    torch.manual_seed(0)
+    ridge = Ridge(np.linspace(-5, 5, 64), 100.0, 90.0, 10)
+    model = HeightModel(UNET, "ridge", ridge, 4.0).eval()
+    model.network.segmentation_head[0].reset_parameters()
+    model.trust = trust
+    return model, ridge
+
+
+def some_codes():
+    codes = np.random.default_rng(1).integers(-127, 128, (1, 64, 64, 64)).astype(np.int8)
+    codes[:, :, 10:20, 30:50] = NODATA
+    return torch.from_numpy(codes)
+
+
+def test_parts_are_the_mean_of_the_square_around_a_pixel_and_the_rest():
+    model, _ = some_model(WHOLE)
+    codes = some_codes()
+    with torch.inference_mode():
+        relief, level = (part[0].double().numpy() for part in model.parts(codes))
+        output = model.correction(codes)[0].double().numpy()
+    there = codes[0, 0].numpy() != NODATA
+    for row, col in ((32, 32), (0, 0), (15, 29), (63, 5)):
+        part = tuple(slice(max(at - RADIUS, 0), at + RADIUS + 1) for at in (row, col))
+        assert level[row, col] == pytest.approx(output[part][there[part]].mean(), abs=1e-5)
+    np.testing.assert_allclose(relief + level, output, atol=1e-5)
+
+
+def test_a_checkpoint_carries_its_trust_to_the_map():
+    trust = Trust(0.5, 0.25, 3.0)
+    model, ridge = some_model(trust)
+    codes = some_codes()
+    about = Provenance("cube", "split", "dsm", "EPSG:5773", (2021,), "v1", "0.1.0")
+    weights = {name: each.clone() for name, each in model.network.state_dict().items()}
+    checkpoint = Checkpoint(UNET, "ridge", ridge, 4.0, weights, about, (), trust=trust)
+    again = Checkpoint.from_bytes(checkpoint.to_bytes())
+    assert (again.trust, again.rmse, again.digest) == (trust, 3.0, checkpoint.digest)
+    assert replace(checkpoint, trust=WHOLE).digest != checkpoint.digest
+    with torch.inference_mode():
+        relief, level = model.parts(codes)
+        expected = model.base(codes, None) + 4.0 * (0.5 * relief + 0.25 * level).double()
+    there = codes[0, 0].numpy() != NODATA
+    predicted = Predictor(again)(codes.numpy())[0]
+    np.testing.assert_allclose(predicted[there], expected[0].numpy()[there], rtol=1e-5)
