@@ -13,29 +13,36 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Final, Literal
 
+import numpy as np
 import segmentation_models_pytorch as smp
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from aeheight.embeddings import BANDS, NODATA, decode_table
 from aeheight.errors import InputError
+from aeheight.kernel import REACH, Kernel
 from aeheight.novelty import Novelty
-from aeheight.ridge import Ridge
+from aeheight.ridge import SHORTEST, Ridge, squares
 from aeheight.seams import Seams
 from aeheight.settings import ModelSettings
 from aeheight.spread import Spread
 from aeheight.trust import RADIUS, WHOLE, Trust
 
 Base = Literal["none", "ridge", "prior"]
-"""What the network corrects: the mean height, the ridge regression, or the prior."""
+"""What the network corrects: the mean height, the kernel over a linear regression (in models of
+older versions the plain ridge regression), or the prior."""
 
-FORMAT_VERSION: Final = 2
-_READABLE: Final = (1, FORMAT_VERSION)
-"""Version 1 told neither novelty nor seams."""
+FORMAT_VERSION: Final = 3
+_READABLE: Final = (1, 2, FORMAT_VERSION)
+"""Version 1 told neither novelty nor seams; networks of 1 and 2 correct the plain ridge."""
 
 _STRIP = 64
+_BLOCKS = {"cpu": 1_024, "cuda": 65_536}
+"""Pixels whose bumps are held at once."""
 _HEAD = "segmentation_head."
 _PROTOTYPES = "novelty.prototypes"
+_KERNEL = ("kernel.ridge", "kernel.centres", "kernel.weights")
 _SLIVER = 1e-6
 
 
@@ -109,6 +116,10 @@ class Checkpoint:
     trust: Trust = WHOLE
     """How much of the network's correction is believed; all of it in models of older versions."""
 
+    kernel: Kernel | None = None
+    """What a network with the base `ridge` corrects; None: another base, or an older version's,
+    which corrects `ridge`."""
+
     @property
     def rmse(self) -> float | None:
         """RMSE on the validation ground of what was kept, metres."""
@@ -148,8 +159,8 @@ class Checkpoint:
         if content["format"] not in _READABLE:
             raise InputError(
                 f"the checkpoint has format {content['format']!r}, and this aeheight reads "
-                f"{' and '.join(map(str, _READABLE))}: use the version that wrote it, or train "
-                "again"
+                f"{', '.join(map(str, _READABLE[:-1]))} and {_READABLE[-1]}: use the version that "
+                "wrote it, or train again"
             )
         tensors, known = content["tensors"], json.loads(content["facts"])
         bands = len(tensors["ridge.weights"])
@@ -171,6 +182,7 @@ class Checkpoint:
             seams=Seams.from_dict(known["seams"]) if "seams" in known else None,
             spread=Spread.from_dict(known["spread"]) if "spread" in known else None,
             trust=Trust.from_dict(known["trust"]) if "trust" in known else WHOLE,
+            kernel=_kernel(known, tensors),
         )
 
     def _facts(self) -> str:
@@ -194,6 +206,9 @@ class Checkpoint:
             facts["spread"] = self.spread.to_dict()
         if self.trust != WHOLE:
             facts["trust"] = self.trust.to_dict()
+        if self.kernel is not None:
+            linear = self.kernel.ridge
+            facts["kernel"] = {"intercept": linear.intercept, "mean": linear.mean, "n": linear.n}
         return _canonical(facts)
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -201,6 +216,11 @@ class Checkpoint:
         tensors = {"ridge.weights": torch.from_numpy(self.ridge.weights.copy()), **network}
         if self.novelty is not None:
             tensors[_PROTOTYPES] = torch.from_numpy(self.novelty.prototypes.copy())
+        if self.kernel is not None:
+            bent = self.kernel
+            parts: tuple[NDArray[Any], ...] = (bent.ridge.weights, bent.centres, bent.weights)
+            for name, part in zip(_KERNEL, parts, strict=True):
+                tensors[name] = torch.from_numpy(part.copy())
         return tensors
 
 
@@ -213,6 +233,13 @@ def _novelty(known: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Novelty
     if "novelty" not in known:
         return None
     return Novelty(tensors[_PROTOTYPES].detach().numpy(), **known["novelty"])
+
+
+def _kernel(known: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Kernel | None:
+    if "kernel" not in known:
+        return None
+    linear, centres, weights = (tensors[name].detach().numpy() for name in _KERNEL)
+    return Kernel(Ridge(linear, **known["kernel"], evened=True), centres, weights)
 
 
 def _load(data: bytes) -> dict[str, Any]:
@@ -294,17 +321,32 @@ class HeightModel(torch.nn.Module):
         ridge: Ridge,
         scale: float,
         make: Callable[[ModelSettings], torch.nn.Module] = build,
+        kernel: Kernel | None = None,
     ) -> None:
         super().__init__()
         self.trust = WHOLE
         self.network = None if settings.architecture == "ridge" else make(settings)
         self.base_kind: Base = base if self.network else "ridge"
         self.scale = scale
-        self._mean, self._intercept = ridge.mean, ridge.intercept
+        linear = kernel.ridge if kernel else ridge
+        self._mean, self._intercept, self._evened = ridge.mean, linear.intercept, linear.evened
         self._values: Tensor
         self._terms: Tensor
+        self._squares: Tensor
+        self._doubled: Tensor
+        self._offsets: Tensor
+        self._heights: Tensor
         self.register_buffer("_values", torch.from_numpy(decode_table(0.0)), persistent=False)
-        self.register_buffer("_terms", torch.from_numpy(ridge.terms), persistent=False)
+        self.register_buffer("_terms", torch.from_numpy(linear.terms), persistent=False)
+        self.register_buffer("_squares", torch.from_numpy(squares()), persistent=False)
+        self._bumps = 0 if kernel is None else len(kernel.weights)
+        if kernel is not None:
+            self._place(kernel)
+
+    def _place(self, kernel: Kernel) -> None:
+        parts = kernel.doubled, kernel.offsets, kernel.weights[:, None]
+        for name, part in zip(("_doubled", "_offsets", "_heights"), parts, strict=True):
+            self.register_buffer(name, torch.from_numpy(part.copy()), persistent=False)
 
     @property
     def device(self) -> torch.device:
@@ -333,7 +375,14 @@ class HeightModel(torch.nn.Module):
             return prior.double()
         if self.base_kind == "none":
             return torch.full_like(codes[:, 0], self._mean, dtype=torch.float64)
-        total = torch.full_like(codes[:, 0], self._intercept, dtype=torch.float64)
+        total = self._linear(codes)
+        return total + self._bent(codes) if self._bumps else total
+
+    def _linear(self, codes: Tensor) -> Tensor:
+        """(n, h, w) float64, bit for bit as `Ridge.total`."""
+        start = 0.0 if self._evened else self._intercept
+        total = torch.full_like(codes[:, 0], start, dtype=torch.float64)
+        squares = torch.zeros_like(total) if self._evened else None
         height = codes.shape[2]
         # A CPU is three times as fast where a strip stays in its cache.
         rows = _STRIP if codes.device.type == "cpu" else height
@@ -342,7 +391,34 @@ class HeightModel(torch.nn.Module):
             for band, terms in enumerate(self._terms):
                 index = strip[:, band].contiguous().view(torch.uint8).int()
                 sums += terms.index_select(0, index.flatten()).view(index.shape)
-        return total
+                if squares is not None:
+                    added = self._squares.index_select(0, index.flatten()).view(index.shape)
+                    squares[:, top : top + rows] += added
+        if squares is None:
+            return total
+        return total / squares.sqrt().clamp(min=SHORTEST).sqrt() + self._intercept
+
+    def _bent(self, codes: Tensor) -> Tensor:
+        """(n, h, w) float64, bit for bit as `Kernel.bent`."""
+        n, bands, height, width = codes.shape
+        added = torch.zeros((n, height * width), dtype=torch.float32, device=codes.device)
+        size = _BLOCKS.get(codes.device.type, _BLOCKS["cpu"])
+        with torch.autocast(codes.device.type, enabled=False):
+            for pixels, out in zip(codes.reshape(n, bands, -1), added, strict=True):
+                for start in range(0, height * width, size):
+                    part = slice(start, start + size)
+                    out[part] = self._raised(pixels[:, part].float())
+        return added.view(n, height, width).double()
+
+    def _raised(self, q: Tensor) -> Tensor:
+        """(p,) metres that the bumps add to pixels (64, p)."""
+        away = torch.addmm(self._offsets, self._doubled, q, alpha=-1).add_(q.square().sum(dim=0))
+        bumps = away.mul_(-float(np.float32(1 / REACH**2))).add_(1).clamp_(min=0)
+        bumps = bumps.square_().square_().mul_(self._heights)
+        while len(bumps) > 1:  # a sum in a fixed order, as `Kernel.bent` has it
+            half = len(bumps) // 2
+            bumps = bumps[:half].add_(bumps[half:])
+        return bumps[0]
 
     def correction(self, codes: Tensor) -> Tensor:
         """What is added to the base, (n, h, w) in units of `scale`, as far as it is trusted."""

@@ -127,7 +127,13 @@ class Predictor:
         Raises:
             InputError: the weights do not fit the network that the settings describe.
         """
-        model = HeightModel(checkpoint.model, checkpoint.base, checkpoint.ridge, checkpoint.scale)
+        model = HeightModel(
+            checkpoint.model,
+            checkpoint.base,
+            checkpoint.ridge,
+            checkpoint.scale,
+            kernel=checkpoint.kernel,
+        )
         model.trust = checkpoint.trust
         if model.network is not None:
             _load(model.network, checkpoint)

@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aeheight import novelty
+from aeheight import kernel, novelty
 from aeheight.batches import Ground
 from aeheight.embeddings import BANDS
 from aeheight.errors import InputError
 from aeheight.journal import Journal, Last, Record
+from aeheight.kernel import STIFFER, Kernel, Pixels
 from aeheight.learning import Course, Machine, Target, learn, validate
 from aeheight.metrics import Stats
 from aeheight.models import Base, Checkpoint, HeightModel, Provenance
@@ -79,12 +80,13 @@ def fit(
         base = "ridge"
     survey = _survey(ground, base == "prior", settings.seed)
     ridge = survey.sums.solve(settings.ridge_alpha)
-    target = survey.target(base, ridge)
+    bent = survey.kernel(settings) if base == "ridge" and settings.architecture != "ridge" else None
+    target = survey.target(base, ridge, bent)
     journal = Journal(settings, on_epoch)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         scale = max(target.spread, _SMALLEST_SCALE)
-        model = HeightModel(settings, base, ridge, scale, recipe.build)
+        model = HeightModel(settings, base, ridge, scale, recipe.build, bent)
         if model.network is not None:
             survey.need_validation()
             course = Course(ground, settings, recipe, target, on_progress)
@@ -106,6 +108,7 @@ def fit(
         history=tuple(journal.history),
         novelty=novelty.fit(survey.training, survey.validation, settings.seed),
         seams=_measured_seams(model, ground),
+        kernel=bent,
         spread=spread_of(model, ground, survey.training, ridge, settings),
     )
 
@@ -156,12 +159,14 @@ class _Survey:
 
     sums: RidgeSums
     """Of all training pixels with an embedding and a reference."""
+    evened: RidgeSums
+    """The same, of evened embeddings."""
     prior: Stats
     """Errors of the prior on those that have one; empty where it is not needed."""
     training: Sample
     """Of those pixels, with their `facts_of`."""
     validation: Sample
-    """Of all validation pixels with an embedding and a reference."""
+    """Of all validation pixels with an embedding and a reference, with their heights."""
     validates: int
     """Validation pixels with an embedding, a reference and, where it is needed, a prior."""
 
@@ -177,8 +182,17 @@ class _Survey:
                 "split.validation, or cut split.block or split.buffer"
             )
 
-    def target(self, base: Base, ridge: Ridge) -> Target:
+    def kernel(self, settings: ModelSettings) -> Kernel:
+        """The base that carries furthest to ground unseen."""
+        ridge = self.evened.solve(STIFFER * settings.ridge_alpha)
+        return kernel.fit(ridge, _pixels(self.training), _pixels(self.validation))
+
+    def target(self, base: Base, ridge: Ridge, bent: Kernel | None) -> Target:
         """What is left of the heights when the base is taken off."""
+        if bent is not None:
+            sample = _pixels(self.training)
+            left = np.subtract(sample.heights, bent.predict(sample.codes), dtype=np.float64)
+            return Target(0.0, float(np.sqrt(np.mean(np.square(left)))))
         if base == "ridge":
             return Target(0.0, self.sums.rmse(ridge))
         if base == "none":
@@ -195,13 +209,15 @@ class _Survey:
 def _survey(ground: Ground, with_prior: bool, seed: int) -> _Survey:
     training, validation = Sample(seed), Sample(seed)
     sums = RidgeSums.of(np.empty((BANDS, 0), np.int8), np.empty(0, np.float32))
+    evened = RidgeSums.of(np.empty((BANDS, 0), np.int8), np.empty(0, np.float32), evened=True)
     prior, validates = Stats.zero(), 0
     for piece, patch in enumerate(ground.sweep()):
         _refuse_infinite(patch)
         there, held_out = patch.usable(TRAIN), patch.usable(VALIDATION)
         sums += RidgeSums.of(patch.codes[:, there], patch.height[there])
+        evened += RidgeSums.of(patch.codes[:, there], patch.height[there], evened=True)
         training.add(patch.codes[:, there], *facts_of(patch, piece, there))
-        validation.add(patch.codes[:, held_out])
+        validation.add(patch.codes[:, held_out], patch.height[held_out])
         if with_prior and patch.prior is not None:
             known = np.isfinite(patch.prior)
             prior += Stats.of(
@@ -209,7 +225,12 @@ def _survey(ground: Ground, with_prior: bool, seed: int) -> _Survey:
             )
             held_out &= known
         validates += int(held_out.sum())
-    return _Survey(sums, prior, training, validation, validates)
+    return _Survey(sums, evened, prior, training, validation, validates)
+
+
+def _pixels(sample: Sample) -> Pixels:
+    heights = sample.facts[0] if sample.facts else np.empty(0, np.float32)
+    return Pixels(sample.codes, heights)
 
 
 def _refuse_infinite(patch: Patch) -> None:

@@ -8,6 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aeheight.intervals import GLOSSARY, Intervals
+from aeheight.metrics import Stats
+from aeheight.report import Report, render
+from tests.test_report import Page
 
 
 def some(n=4000, seed=0, scale=1.0):
@@ -63,3 +66,45 @@ def test_sums_are_the_same_however_ground_is_cut_and_merged(seed, cuts):
     for part in reversed(parts):
         merged += part
     np.testing.assert_array_equal(merged.sums, Intervals.of(difference, spread).sums)
+
+
+def page(scale):
+    """The report of a map whose spreads ought to be so many times what they are."""
+    difference, spread = some(20_000, scale=scale)
+    reference = np.linspace(0, 100, 20_000, dtype=np.float32)
+    test = Stats.of(reference + difference, reference).summary()
+    held = Intervals.of(difference, spread).summary()
+    rows = [{"split": "test", "lo": 0.0, "hi": 5.0, **test, **held}]
+    metrics = {"model": {"test": test | held}, "baselines": {}, "by": {"slope": rows}}
+    return Page(render(Report(name="x", metrics=metrics | {"provenance": {}})))
+
+
+def test_the_report_tells_what_was_held():
+    found = page(1.0)
+    share = Intervals.of(*some(20_000)).summary()["interval_coverage"]
+    assert f"On test ground {100 * share:.1f} % are" in found.words
+    (row,) = (row for row in found.rows if row[:2] == ["test", f"{100 * share:.1f} %"])
+    assert row[-1] == "1.00"
+    by_slope = [row for row in found.rows if row[:2] == ["0 to 5°", f"{100 * share:.1f} %"]]
+    assert len(by_slope) == 1
+    assert "too narrow" not in found.words
+    assert "wider than they need" not in found.words
+
+
+@pytest.mark.parametrize(
+    ("scale", "words"),
+    [
+        (2.0, "Spreads are too narrow here: it would take 2 times as much"),
+        (0.5, "Spreads are wider than they need to be here: 0.5 times as much would hold"),
+        (100.0, "Spreads are too narrow here. This ground is unlike"),
+    ],
+)
+def test_the_report_warns_of_spreads_that_are_wrong(scale, words):
+    assert words in page(scale).words
+
+
+def test_a_map_without_spread_has_no_such_section():
+    reference = np.linspace(0, 100, 50, dtype=np.float32)
+    test = Stats.of(reference + 1, reference).summary()
+    metrics = {"model": {"test": test}, "baselines": {}, "by": {}, "provenance": {}}
+    assert "How far to trust" not in Page(render(Report(name="x", metrics=metrics))).words

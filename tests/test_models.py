@@ -251,7 +251,7 @@ def test_what_is_no_checkpoint_is_refused(data):
 
 def test_an_unknown_format_is_named():
     content = torch.load(io.BytesIO(DATA), weights_only=True)
-    with pytest.raises(InputError, match="format 99, and this aeheight reads 1 and 2:"):
+    with pytest.raises(InputError, match="format 99, and this aeheight reads 1, 2 and 3:"):
         Checkpoint.from_bytes(saved(content | {"format": 99}))
 
 

@@ -12,15 +12,19 @@ from hypothesis import strategies as st
 
 from aeheight.beside import Beside, layers_of
 from aeheight.embeddings import BANDS, NODATA, valid
+from aeheight.grid import Grid
 from aeheight.models import Checkpoint
 from aeheight.novelty import Novelty, Sample
 from aeheight.novelty import fit as fit_novelty
 from aeheight.ridge import RidgeSums
-from aeheight.settings import SplitSettings
+from aeheight.settings import CubeSettings, PredictSettings, SplitSettings
 from aeheight.splits import TEST, TRAIN, VALIDATION, draw_split
 from aeheight.spread import FARTHEST, Errors, Head, Spread, cells_of, fit
+from aeheight.steps.cover import template
+from aeheight.template import Template
 from aeheight.windows import whole
 from tests.checkpoints import checkpoint_of, codes_of
+from tests.runs import arrays
 from tests.tifs import DATA
 
 
@@ -275,6 +279,45 @@ def test_a_sample_keeps_facts_with_their_pixels():
     np.testing.assert_array_equal(doubled, kept * 2.0)
     np.testing.assert_array_equal(plain.codes, sample.codes)
     assert plain.facts == ()
+
+
+def test_a_map_has_it_as_a_layer_unless_it_is_not_wanted():
+    known = checkpoint_of(novelty=Novelty(codes_of(1, BANDS), 1.0), spread=some_spread())
+    grid = Grid("EPSG:32631", 10.0, 400_000.0, 5_200_000.0, (64, 64))
+    cube = Template((grid,), (), (2021,), CubeSettings(shard=64, chunk=32), "some cube")
+    wanted, other = (
+        template(cube, known, PredictSettings(shard=64, spread=told)).layers
+        for told in (True, False)
+    )
+    assert [layer.name for layer in wanted] == ["height", "novelty", "spread"]
+    assert [layer.name for layer in other] == ["height", "novelty"]
+    assert wanted[2].attributes["units"] == "m"
+    assert wanted[2].attributes["checkpoint"] == known.digest
+
+
+def test_a_run_tells_its_spread_and_whether_it_holds(small_run):
+    cube, heights = arrays(small_run.cube), arrays(small_run.heights)
+    height, spread = heights["height"][0], heights["spread"][0]
+    np.testing.assert_array_equal(np.isnan(spread), np.isnan(height))
+    checkpoint = Checkpoint.from_bytes((small_run.store / "model" / "best.ckpt").read_bytes())
+    codes = cube["embedding"][0]
+    expected = checkpoint.spread.half_width(codes, checkpoint.novelty.distance(codes))
+    np.testing.assert_array_equal(spread, np.where(np.isnan(height), np.nan, expected))
+    metrics = small_run.metrics()
+    difference = np.abs(height - cube["height"])
+    for split, use in {"train": TRAIN, "validation": VALIDATION, "test": TEST}.items():
+        here = (cube["split"] == use) & np.isfinite(difference)
+        told = metrics["model"][split]
+        assert told["interval_coverage"] == np.mean(difference[here] <= spread[here])
+        assert told["spread"] == pytest.approx(spread[here].mean(), abs=1e-3)
+        assert "interval_coverage" not in metrics["baselines"]["ridge"][split]
+    rows = [row for row in metrics["by"]["slope"] if row["split"] == "test"]
+    held = sum(row["interval_coverage"] * row["n"] for row in rows)
+    known = sum(row["n"] for row in rows)
+    assert held / known == pytest.approx(metrics["model"]["test"]["interval_coverage"], abs=0.05)
+    page = (small_run.store / "report" / "index.html").read_text()
+    assert "How far to trust a height" in page
+    assert "map of the spread of the heights" in page
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ Folds are blocks drawn at random, so test ground is like training ground; the si
 trial trains a model as `aeheight train` does and judges all test pixels. Beside the spread:
 
 - Gaussian: 1.645 times the model's RMSE on its training ground, everywhere;
+- validation alone: a spread from the model's errors on validation ground, without a plain model's
+  on training ground; where that is enough for one;
 - constant: the 0.9 quantile of the errors on validation ground, everywhere (split conformal).
 
 The interval score is the width and 20 times what lies outside (Gneiting & Raftery 2007). With
@@ -31,7 +33,8 @@ from aeheight.novelty import Novelty
 from aeheight.predictor import Predictor
 from aeheight.settings import ModelSettings
 from aeheight.splits import TEST, TRAIN, VALIDATION
-from aeheight.spread import Head, Spread
+from aeheight.spread import Errors, Head, Spread, cells_of
+from aeheight.spread import fit as fit_spread
 from aeheight.training import fit
 from pipelines.experiment_grounds import GROUNDS, Arrays, load
 from tests.benchmarks import machine, markdown
@@ -51,11 +54,16 @@ def trial(ground: Arrays, base: Base, model: ModelSettings) -> Iterator[tuple[st
     layers = predictor.submit(ground.codes[None], prior).result()[:, 0]
     made = dict(zip(predictor.layers, layers, strict=True))
     errors = made["height"] - ground.height
-    train, validation, test = (
-        errors[(ground.use == use) & np.isfinite(errors)] for use in (TRAIN, VALIDATION, TEST)
-    )
-    spread = made["spread"][(ground.use == TEST) & np.isfinite(errors)]
+    known = np.isfinite(errors)
+    where = [known & (ground.use == use) for use in (TRAIN, VALIDATION, TEST)]
+    train, validation, test = (errors[ground] for ground in where)
+    codes, novelty = ground.codes[:, where[2]], made["novelty"][where[2]]
+    spread = made["spread"][where[2]]
     yield "spread", Intervals.of(test, spread)
+    held_out = Errors(ground.codes[:, where[1]], validation, cells_of(0, where[1]))
+    nothing = Errors(codes[:, :0], np.empty(0), np.empty(0, np.int64))
+    if alone := fit_spread(held_out, nothing, np.empty(0), model.seed):
+        yield "validation alone", Intervals.of(test, alone.half_width(codes, novelty))
     for name, width in (
         ("Gaussian", GAUSSIAN * np.sqrt(np.mean(train.astype(float) ** 2))),
         ("constant", np.quantile(np.abs(validation), 0.9)),
@@ -121,7 +129,7 @@ def _seconds(run: Callable[[], object]) -> float:
 def grounds_of(names: list[str]) -> dict[str, list[str]]:
     """Grounds by the group that they are shown as: folds together, each side by itself."""
     groups: dict[str, list[str]] = defaultdict(list)
-    for name in (part for name in names for part in GROUNDS.get(name, (name,))):
+    for name in (part for group in names for part in GROUNDS.get(group, (group,))):
         folds = name.partition("-fold")
         groups[f"{folds[0]}, folds" if folds[1] else name].append(name)
     return groups
