@@ -107,7 +107,9 @@ def judged(name: str, ground_name: str, ground: Arrays, settings: ModelSettings)
     begun = time.monotonic()
     checkpoint = fit(ground, settings, base, about, recipe=recipe)
     seconds = time.monotonic() - begun
-    model = HeightModel(settings, base, checkpoint.ridge, checkpoint.scale, recipe.build).eval()
+    model = HeightModel(
+        settings, base, checkpoint.ridge, checkpoint.scale, recipe.build, checkpoint.kernel
+    ).eval()
     assert model.network is not None
     model.network.load_state_dict(checkpoint.weights)
     codes = torch.from_numpy(ground.codes)[None]
