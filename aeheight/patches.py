@@ -188,12 +188,9 @@ class Patches:
             needed[key] = _around(spot.region, needed.get(key))
         read = {key: self._in_chunks(key.cube, region) for key, region in needed.items()}
         spots = [replace(spot, block=read[_block_of(spot)]) for spot in spots]
-        uses = Counter(_block_of(spot) for spot in spots)
-        largest = max(block.region.size for block in uses) * PIXEL_BYTES
-        order = shuffled(
-            [_block_of(spot) for spot in spots], max(self.cache_bytes // largest - 1, 1), rng
-        )
-        self.pool.expect(uses)
+        blocks = [_block_of(spot) for spot in spots]
+        order = shuffled(blocks, _bytes_of, self.cache_bytes, rng)
+        self.pool.expect(Counter(blocks))
         return [spots[i] for i in order]
 
     def _in_block(self, spot: Spot, down: float, right: float) -> Spot:
@@ -292,6 +289,10 @@ class Patches:
 def _block_of(spot: Spot) -> Spot:
     assert spot.block is not None
     return replace(spot, region=spot.block, block=None)
+
+
+def _bytes_of(spot: Spot) -> int:
+    return spot.region.size * PIXEL_BYTES
 
 
 def _around(region: Region, other: Region | None) -> Region:

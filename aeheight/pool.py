@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 class _Sized(Protocol):
@@ -104,26 +105,50 @@ class Pool(Generic[K, V]):
             self.bytes -= future.result().nbytes
 
 
-def shuffled(blocks: Sequence[K], hold: int, rng: np.random.Generator) -> list[int]:
-    """An order of spots by the blocks that they lie in: never more than `hold` + 1 are in use.
+def shuffled(
+    blocks: Sequence[K], size: Callable[[K], int], room: int, rng: np.random.Generator
+) -> list[int]:
+    """An order of spots by the blocks that they lie in, as random as the memory allows.
 
-    The blocks come in a random order. Each gives its spots at random times, from when `hold` before
-    it are left until none is; and as many as that are in use when it all begins and when it ends.
+    The blocks come in a random order. Each gives its spots at random times, from when a number of
+    blocks before it are left until none is; as many are in use when it all begins and ends. That
+    number is the largest for which all blocks in use have room, and 1 at least.
 
     Args:
         blocks: of each spot.
-        hold: at least 1.
-        rng: draws both.
+        size: bytes of a block.
+        room: bytes.
+        rng: draws the order.
 
     Returns:
         Indices of the spots.
     """
     numbers = {block: number for number, block in enumerate(dict.fromkeys(blocks))}
-    turn = rng.permutation(len(numbers))[[numbers[block] for block in blocks]]
-    begin = np.maximum(turn - hold, 0)
-    end = np.minimum(turn + 1, max(len(numbers) - hold, 1))
-    times = begin + (end - begin) * rng.random(len(blocks))
-    return [int(i) for i in np.argsort(times, kind="stable")]
+    number = np.array([numbers[block] for block in blocks])
+    turn, share = rng.permutation(len(numbers))[number], rng.random(len(blocks))
+    sizes = np.array([size(block) for block in numbers])
+
+    def order(hold: int) -> NDArray[np.intp]:
+        begin = np.maximum(turn - hold, 0)
+        end = np.minimum(turn + 1, max(len(numbers) - hold, 1))
+        return np.argsort(begin + (end - begin) * share, kind="stable")
+
+    low, high = 1, len(numbers)
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = _peak(number[order(middle)], sizes) <= room
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return [int(i) for i in order(low)]
+
+
+def _peak(numbers: NDArray[np.intp], sizes: NDArray[np.intp]) -> int:
+    """The most bytes in use at a time, each block from its first spot to its last."""
+    change = np.zeros(len(numbers) + 1, dtype=np.int64)
+    _, first = np.unique(numbers, return_index=True)
+    _, after = np.unique(numbers[::-1], return_index=True)
+    np.add.at(change, first, sizes)
+    np.add.at(change, len(numbers) - after, -sizes)
+    return int(change.cumsum().max())
 
 
 def stretch(place: int, size: int, edge: int, shift: int, least: int) -> tuple[int, int]:

@@ -76,30 +76,44 @@ def test_a_failure_reaches_all_and_is_not_kept():
     assert pool.bytes == 8
 
 
-@settings(deadline=None)
-@given(
-    st.lists(st.integers(0, 12), min_size=1, max_size=80), st.integers(1, 6), st.integers(0, 1000)
-)
-def test_an_order_has_each_spot_once_and_few_blocks_at_a_time(blocks, hold, seed):
-    order = shuffled(blocks, hold, np.random.default_rng(seed))
-    assert sorted(order) == list(range(len(blocks)))
-    left, live = Counter(blocks), set()
+def peak(blocks, sizes, order):
+    """The most that is in use at a time, by a plain loop."""
+    left, most = Counter(blocks), 0
+    live = set()
     for index in order:
         live.add(blocks[index])
-        assert len(live) <= hold + 1
+        most = max(most, sum(sizes[block] for block in live))
         left[blocks[index]] -= 1
         if not left[blocks[index]]:
             live.remove(blocks[index])
+    return most
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 12), min_size=1, max_size=80),
+    st.lists(st.integers(1, 9), min_size=13, max_size=13),
+    st.integers(18, 120),
+    st.integers(0, 1000),
+)
+def test_an_order_has_each_spot_once_and_what_is_in_use_has_room(blocks, sizes, room, seed):
+    order = shuffled(blocks, sizes.__getitem__, room, np.random.default_rng(seed))
+    assert sorted(order) == list(range(len(blocks)))
+    assert peak(blocks, sizes, order) <= room
 
 
 def test_batches_are_of_many_blocks_from_the_first_to_the_last():
     blocks = np.repeat(np.arange(100), 16)
-    order = np.array(shuffled(blocks.tolist(), 15, np.random.default_rng(0)))
-    mixed = [len(set(blocks[order[i : i + 16]])) for i in range(0, len(order), 16)]
+
+    def order(room):
+        return np.array(shuffled(blocks.tolist(), lambda _: 1, room, np.random.default_rng(0)))
+
+    tight = order(16)
+    mixed = [len(set(blocks[tight[i : i + 16]])) for i in range(0, 1600, 16)]
     assert min(mixed) >= 4
     assert np.mean(mixed) > 8
-    everything = shuffled(blocks.tolist(), 100, np.random.default_rng(0))
-    assert abs(np.corrcoef(blocks[everything], np.arange(1600))[0, 1]) < 0.1
+    assert peak(blocks.tolist(), [1] * 100, tight) == 16
+    assert abs(np.corrcoef(blocks[order(100)], np.arange(1600))[0, 1]) < 0.1
 
 
 @given(st.integers(1, 300), st.integers(1, 80), st.integers(0, 79), st.integers(1, 60), st.data())

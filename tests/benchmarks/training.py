@@ -42,8 +42,8 @@ from aeheight.template import Layer, Template
 from aeheight.training import fit
 from tests.benchmarks import TILE, cpu_seconds, machine, markdown, mirrored, real_codes
 
-HELD = 16
-"""Blocks in memory while order is judged: fewer than 2 GB hold of the usual ones."""
+HELD = 27
+"""Blocks in memory while order is judged: as many as 2 GB hold of 1024 px."""
 
 
 @dataclass(frozen=True)
