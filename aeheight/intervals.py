@@ -15,12 +15,12 @@ _LARGEST: Final = 8
 _MILLIMETRES: Final = 1000
 
 GLOSSARY: Final[dict[str, str]] = {
-    "interval_coverage": "Share of the pixels whose reference lies within predicted ± spread: 0.9 "
+    "coverage": "Share of the pixels whose reference lies within predicted ± spread: 0.9 "
     "is what the spread is calibrated for.",
     "spread": "Mean spread, half the width of the 90 % interval, metres.",
-    "interval_score": "Mean of width + 20 × how far the reference lies outside, metres: the lower "
+    "score": "Mean of width + 20 × how far the reference lies outside, metres: the lower "
     "the better, for intervals that are both narrow and right (Gneiting & Raftery 2007).",
-    "interval_factor": "What the spreads would have to be multiplied by to hold 90 % here.",
+    "factor": "What the spreads would have to be multiplied by to hold 90 % here.",
 }
 """What each figure of a summary means."""
 
@@ -57,16 +57,16 @@ class Intervals:
     def summary(self) -> Summary:
         """The figures that `GLOSSARY` explains; None where there are no pixels.
 
-        `interval_factor` is right to 1/16, and None from 8 on.
+        `factor` is right to 1/16, and None from 8 on.
         """
         n, within, half, outside = (int(value) for value in self.sums[:4])
         if n == 0:
             return dict.fromkeys(GLOSSARY)
         return {
-            "interval_coverage": within / n,
+            "coverage": within / n,
             "spread": half / n / _MILLIMETRES,
-            "interval_score": (2 * half + 20 * outside) / n / _MILLIMETRES,
-            "interval_factor": self._factor(0.9 * n),
+            "score": (2 * half + 20 * outside) / n / _MILLIMETRES,
+            "factor": self._factor(0.9 * n),
         }
 
     def _factor(self, wanted: float) -> float | None:

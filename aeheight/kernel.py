@@ -11,7 +11,8 @@ What it gains on ground unseen, and what else was tried, stands in pipelines/EXP
 
 Distances are taken between codes as they are stored, and are exact in float32 (see `novelty`).
 What follows is products and sums of two numbers each, in a fixed order: a pixel has the same bits
-wherever it lies and whatever computes it.
+wherever it lies and whatever computes it. The square of the reach is a power of 2, so that a bump
+is an integer to the fourth power and its unit goes into the weights without rounding.
 """
 
 from collections.abc import Iterator
@@ -27,9 +28,9 @@ from aeheight.ridge import Ridge
 MOST: Final = 512
 """Bumps at most: more gain little and cost time for every pixel of a map."""
 
-REACH: Final = 360.0
-"""Steps of the code from its centre at which a bump ends: half of all pairs of pixels of a region
-are 320 apart."""
+SQUARED_REACH: Final = 2**17
+"""Squared steps of the code from its centre at which a bump ends: 362 steps, where half of all
+pairs of pixels of a region lie 320 apart."""
 
 STIFFER: Final = 3.0
 """The linear term is penalised so many times as strongly as the ridge that is the baseline."""
@@ -37,7 +38,10 @@ STIFFER: Final = 3.0
 _PENALTY: Final = 1.0
 """Of the bumps' squared weights, in heights squared over so many sampled pixels (20,000)."""
 
-_BLOCK: Final = 4_096
+BLOCK: Final = 1_024
+"""Pixels whose bumps are held at once: 2 MiB, which stay in a CPU's cache."""
+
+_UNIT: Final = 1 / SQUARED_REACH**4
 _FEWEST = 64
 
 
@@ -46,22 +50,32 @@ class Kernel:
     """Heights from embeddings, pixel by pixel: a linear term and bumps."""
 
     ridge: Ridge
-    """The linear term; `evened`."""
+    """The linear term; `evened` where `fit` made it for a network."""
     centres: NDArray[np.int8]
     """(m, 64) codes that the bumps stand on; m is a power of 2, or 0: no bumps."""
     weights: NDArray[np.float32]
     """(m,) metres."""
 
+    @classmethod
+    def of(cls, ridge: Ridge) -> "Kernel":
+        """A linear term alone."""
+        return cls(ridge, np.empty((0, len(ridge.weights)), np.int8), np.empty(0, np.float32))
+
     @property
     def doubled(self) -> NDArray[np.float32]:
-        """(m, 64) twice the centres: `offsets - doubled @ q + q.q` are the squared distances."""
+        """(m, 64) twice the centres."""
         return np.multiply(self.centres, 2, dtype=np.float32)
 
     @property
-    def offsets(self) -> NDArray[np.float32]:
-        """(m, 1) squared length of each centre."""
+    def rooms(self) -> NDArray[np.float32]:
+        """(m, 1) squared reach less the squared length of each centre."""
         squares: NDArray[np.float32] = np.square(self.centres, dtype=np.float32).sum(axis=1)
-        return squares[:, None]
+        return SQUARED_REACH - squares[:, None]
+
+    @property
+    def steps(self) -> NDArray[np.float32]:
+        """(m, 1) metres that a bump adds for each unit of what `raised` gives."""
+        return (self.weights * np.float32(_UNIT))[:, None]
 
     def predict(self, codes: NDArray[np.int8]) -> NDArray[np.float32]:
         """Heights in metres of codes (64, ...): shape (...), NaN where there is no embedding."""
@@ -71,23 +85,25 @@ class Kernel:
     def bent(self, codes: NDArray[np.int8]) -> NDArray[np.float64]:
         """What the bumps add to the linear term, metres: codes (64, ...) to (...).
 
-        Another device gives the same bits with `doubled`, `offsets` and `weights` moved there; it
-        must not run under autocast.
+        Another device gives the same bits with `doubled`, `rooms` and `steps` moved there, and the
+        operations of `raised` and here in the same order. It must not run under autocast.
         """
-        flat = codes.reshape(len(codes), -1)
+        flat, steps = codes.reshape(len(codes), -1), self.steps
         added = np.zeros(flat.shape[1], np.float32)
-        for part, bumps in self.raised(flat) if len(self.weights) else ():
-            added[part] = _summed(bumps * self.weights[:, None])
+        for part, bumps in self.raised(flat) if len(steps) else ():
+            added[part] = _summed(bumps * steps)
         return added.reshape(codes.shape[1:]).astype(np.float64)
 
     def raised(self, codes: NDArray[np.int8]) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-        """Blocks of the pixels (64, n), and (m, block) how high each bump is there, 0 to 1."""
-        doubled, offsets = self.doubled, self.offsets
-        for start in range(0, codes.shape[1], _BLOCK):
-            part = slice(start, start + _BLOCK)
+        """Blocks of the pixels (64, n), and (m, block) how high each bump is there, unscaled.
+
+        `max(0, R^2 - d^2)^4`, d the distance of pixel and centre, R the reach.
+        """
+        doubled, rooms = self.doubled, self.rooms
+        for start in range(0, codes.shape[1], BLOCK):
+            part = slice(start, start + BLOCK)
             q = codes[:, part].astype(np.float32)
-            away = offsets - doubled @ q + (q * q).sum(axis=0)
-            bumps = np.maximum(1 - away * np.float32(1 / REACH**2), 0)
+            bumps = np.maximum(rooms + doubled @ q - (q * q).sum(axis=0), 0)
             bumps *= bumps
             bumps *= bumps
             yield part, bumps
@@ -126,14 +142,14 @@ def fit(ridge: Ridge, training: Pixels, held_out: Pixels) -> Kernel:
     n = training.heights.size
     count = min(MOST, 2 ** (n.bit_length() - 1)) if n >= _FEWEST else 0
     if not count or not held_out.heights.size:
-        return Kernel(ridge, np.empty((0, len(training.codes)), np.int8), np.empty(0, np.float32))
+        return Kernel.of(ridge)
     centres = np.ascontiguousarray(training.codes[:, :: n // count][:, :count].T)
     kernel = Kernel(
         ridge, centres, _solve(Kernel(ridge, centres, np.ones(count, np.float32)), training)
     )
     share = _confirmed(kernel, held_out)
     if share == 0:
-        return Kernel(ridge, centres[:0], kernel.weights[:0])
+        return Kernel.of(ridge)
     return Kernel(ridge, centres, (kernel.weights * share).astype(np.float32))
 
 
@@ -143,7 +159,7 @@ def _solve(kernel: Kernel, training: Pixels) -> NDArray[np.float32]:
     count = len(kernel.centres)
     squares, products = _PENALTY * np.eye(count), np.zeros(count)
     for part, raised in kernel.raised(training.codes):
-        bumps = raised.astype(np.float64)
+        bumps = raised.astype(np.float64) * _UNIT
         squares += bumps @ bumps.T
         products += bumps @ left[part]
     return np.linalg.solve(squares, products).astype(np.float32)

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Final, Literal
 
-import numpy as np
 import segmentation_models_pytorch as smp
 import torch
 from numpy.typing import NDArray
@@ -21,9 +20,10 @@ from torch import Tensor
 
 from aeheight.embeddings import BANDS, NODATA, decode_table
 from aeheight.errors import InputError
-from aeheight.kernel import REACH, Kernel
+from aeheight.kernel import Kernel
 from aeheight.novelty import Novelty
-from aeheight.ridge import SHORTEST, Ridge, squares
+from aeheight.regression import Regression
+from aeheight.ridge import Ridge
 from aeheight.seams import Seams
 from aeheight.settings import ModelSettings
 from aeheight.spread import Spread
@@ -38,8 +38,6 @@ _READABLE: Final = (1, 2, FORMAT_VERSION)
 """Version 1 told neither novelty nor seams; networks of 1 and 2 correct the plain ridge."""
 
 _STRIP = 64
-_BLOCKS = {"cpu": 1_024, "cuda": 65_536}
-"""Pixels whose bumps are held at once."""
 _HEAD = "segmentation_head."
 _PROTOTYPES = "novelty.prototypes"
 _KERNEL = ("kernel.ridge", "kernel.centres", "kernel.weights")
@@ -217,8 +215,8 @@ class Checkpoint:
         if self.novelty is not None:
             tensors[_PROTOTYPES] = torch.from_numpy(self.novelty.prototypes.copy())
         if self.kernel is not None:
-            bent = self.kernel
-            parts: tuple[NDArray[Any], ...] = (bent.ridge.weights, bent.centres, bent.weights)
+            kernel = self.kernel
+            parts: tuple[NDArray[Any], ...] = kernel.ridge.weights, kernel.centres, kernel.weights
             for name, part in zip(_KERNEL, parts, strict=True):
                 tensors[name] = torch.from_numpy(part.copy())
         return tensors
@@ -328,25 +326,10 @@ class HeightModel(torch.nn.Module):
         self.network = None if settings.architecture == "ridge" else make(settings)
         self.base_kind: Base = base if self.network else "ridge"
         self.scale = scale
-        linear = kernel.ridge if kernel else ridge
-        self._mean, self._intercept, self._evened = ridge.mean, linear.intercept, linear.evened
+        self._mean = ridge.mean
+        self._regression = Regression(kernel or Kernel.of(ridge))
         self._values: Tensor
-        self._terms: Tensor
-        self._squares: Tensor
-        self._doubled: Tensor
-        self._offsets: Tensor
-        self._heights: Tensor
         self.register_buffer("_values", torch.from_numpy(decode_table(0.0)), persistent=False)
-        self.register_buffer("_terms", torch.from_numpy(linear.terms), persistent=False)
-        self.register_buffer("_squares", torch.from_numpy(squares()), persistent=False)
-        self._bumps = 0 if kernel is None else len(kernel.weights)
-        if kernel is not None:
-            self._place(kernel)
-
-    def _place(self, kernel: Kernel) -> None:
-        parts = kernel.doubled, kernel.offsets, kernel.weights[:, None]
-        for name, part in zip(("_doubled", "_offsets", "_heights"), parts, strict=True):
-            self.register_buffer(name, torch.from_numpy(part.copy()), persistent=False)
 
     @property
     def device(self) -> torch.device:
@@ -375,50 +358,8 @@ class HeightModel(torch.nn.Module):
             return prior.double()
         if self.base_kind == "none":
             return torch.full_like(codes[:, 0], self._mean, dtype=torch.float64)
-        total = self._linear(codes)
-        return total + self._bent(codes) if self._bumps else total
-
-    def _linear(self, codes: Tensor) -> Tensor:
-        """(n, h, w) float64, bit for bit as `Ridge.total`."""
-        start = 0.0 if self._evened else self._intercept
-        total = torch.full_like(codes[:, 0], start, dtype=torch.float64)
-        squares = torch.zeros_like(total) if self._evened else None
-        height = codes.shape[2]
-        # A CPU is three times as fast where a strip stays in its cache.
-        rows = _STRIP if codes.device.type == "cpu" else height
-        for top in range(0, height, rows):
-            strip, sums = codes[:, :, top : top + rows], total[:, top : top + rows]
-            for band, terms in enumerate(self._terms):
-                index = strip[:, band].contiguous().view(torch.uint8).int()
-                sums += terms.index_select(0, index.flatten()).view(index.shape)
-                if squares is not None:
-                    added = self._squares.index_select(0, index.flatten()).view(index.shape)
-                    squares[:, top : top + rows] += added
-        if squares is None:
-            return total
-        return total / squares.sqrt().clamp(min=SHORTEST).sqrt() + self._intercept
-
-    def _bent(self, codes: Tensor) -> Tensor:
-        """(n, h, w) float64, bit for bit as `Kernel.bent`."""
-        n, bands, height, width = codes.shape
-        added = torch.zeros((n, height * width), dtype=torch.float32, device=codes.device)
-        size = _BLOCKS.get(codes.device.type, _BLOCKS["cpu"])
-        with torch.autocast(codes.device.type, enabled=False):
-            for pixels, out in zip(codes.reshape(n, bands, -1), added, strict=True):
-                for start in range(0, height * width, size):
-                    part = slice(start, start + size)
-                    out[part] = self._raised(pixels[:, part].float())
-        return added.view(n, height, width).double()
-
-    def _raised(self, q: Tensor) -> Tensor:
-        """(p,) metres that the bumps add to pixels (64, p)."""
-        away = torch.addmm(self._offsets, self._doubled, q, alpha=-1).add_(q.square().sum(dim=0))
-        bumps = away.mul_(-float(np.float32(1 / REACH**2))).add_(1).clamp_(min=0)
-        bumps = bumps.square_().square_().mul_(self._heights)
-        while len(bumps) > 1:  # a sum in a fixed order, as `Kernel.bent` has it
-            half = len(bumps) // 2
-            bumps = bumps[:half].add_(bumps[half:])
-        return bumps[0]
+        heights: Tensor = self._regression(codes)
+        return heights
 
     def correction(self, codes: Tensor) -> Tensor:
         """What is added to the base, (n, h, w) in units of `scale`, as far as it is trusted."""

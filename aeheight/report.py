@@ -136,6 +136,7 @@ def render(report: Report) -> str:
         hardness=_hardness(report.metrics.get("shift", {})),
         buffer=_buffer(report.metrics.get("correlation", {})),
         intervals=list(_intervals(report.metrics, split)),
+        interval=report.metrics.get("intervals", {}).get("model", {}).get(split),
         zones=list(_zones(report.metrics.get("zones", ()), headline.get("rmse"))),
         seam=_chosen_seam(report.prediction),
         learning=_learning(report),
@@ -254,10 +255,10 @@ def _intervals(
     metrics: Mapping[str, Any], split: str
 ) -> Iterator[tuple[str, list[tuple[str, Mapping[str, Any]]]]]:
     """Rows of what spreads hold, where there are any: of all splits, then by class on the split."""
-    model = metrics["model"]
-    tables = [("Ground", [(name, model[name]) for name in SPLITS if name in model])]
-    for title, table in [*tables, *_classes(metrics.get("by", {}), split)]:
-        rows = [(name, row) for name, row in table if row.get("interval_coverage") is not None]
+    held = metrics.get("intervals", {})
+    tables = [("Ground", list(held.get("model", {}).items()))]
+    for title, table in [*tables, *_classes(held.get("by", {}), split)]:
+        rows = [(name, row) for name, row in table if row["coverage"] is not None]
         if rows:
             yield title, rows
 

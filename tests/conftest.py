@@ -17,6 +17,9 @@ from pipelines.world import World, make_world
 from tests.runs import Region, Regions, Result, run_here, small_settings
 
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the cores to others
+
+
 def pytest_configure() -> None:
     """A job in the background is started deaf to Ctrl-C, and so would be what the tests start."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -60,7 +60,7 @@ def test_the_trees_are_as_promised(name, small_run, world):
             "split": (("y", "x"), "uint8", 0),
         },
         "heights.zarr": dict.fromkeys(
-            ("height", "novelty"), (("time", "y", "x"), "float32", "NaN")
+            ("height", "novelty", "spread"), (("time", "y", "x"), "float32", "NaN")
         ),
     }[name]
     with xr.open_datatree(small_run.store / name, engine="zarr") as tree:
@@ -197,7 +197,7 @@ def test_metrics_are_those_of_numpy_on_whole_arrays(small_run):
 def test_metrics_json_has_the_contracts_form(small_run):
     metrics = small_run.metrics()
     assert set(metrics) == {
-        "model", "baselines", "by", "zones", "shift", "correlation", "provenance"
+        "model", "baselines", "by", "intervals", "zones", "shift", "correlation", "provenance"
     }  # fmt: skip
     assert metrics["zones"] == []
     rows = [

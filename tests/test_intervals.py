@@ -23,25 +23,25 @@ def test_figures_are_numpys():
     difference, spread = some()
     found = Intervals.of(difference, spread).summary()
     error = np.abs(difference)
-    assert found["interval_coverage"] == np.mean(error <= spread)
+    assert found["coverage"] == np.mean(error <= spread)
     assert found["spread"] == pytest.approx(spread.mean(dtype=float), abs=5e-4)
     score = 2 * spread + 20 * np.maximum(error - spread, 0)
-    assert found["interval_score"] == pytest.approx(score.mean(dtype=float), abs=6e-3)
+    assert found["score"] == pytest.approx(score.mean(dtype=float), abs=6e-3)
     right = np.quantile(error / spread, 0.9)
-    assert found["interval_factor"] == pytest.approx(right, abs=0.01)
+    assert found["factor"] == pytest.approx(right, abs=0.01)
     assert set(found) == set(GLOSSARY)
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
 def test_the_factor_is_what_the_spread_lacks(scale):
     found = Intervals.of(*some(20_000, scale=scale)).summary()
-    assert found["interval_factor"] == pytest.approx(scale, rel=0.03)
+    assert found["factor"] == pytest.approx(scale, rel=0.03)
 
 
 def test_far_too_narrow_spreads_have_no_factor():
     found = Intervals.of(*some(scale=100.0)).summary()
-    assert found["interval_factor"] is None
-    assert found["interval_coverage"] < 0.05
+    assert found["factor"] is None
+    assert found["coverage"] < 0.05
 
 
 def test_no_pixels_have_no_figures():
@@ -53,7 +53,7 @@ def test_no_pixels_have_no_figures():
 def test_an_error_as_large_as_the_spread_is_held():
     spread = np.array([5, 5, 5], np.float32)
     found = Intervals.of(np.array([5, -5, 5.001], np.float32), spread).summary()
-    assert found["interval_coverage"] == pytest.approx(2 / 3)
+    assert found["coverage"] == pytest.approx(2 / 3)
 
 
 @settings(max_examples=50, deadline=None)
@@ -74,14 +74,20 @@ def page(scale):
     reference = np.linspace(0, 100, 20_000, dtype=np.float32)
     test = Stats.of(reference + difference, reference).summary()
     held = Intervals.of(difference, spread).summary()
-    rows = [{"split": "test", "lo": 0.0, "hi": 5.0, **test, **held}]
-    metrics = {"model": {"test": test | held}, "baselines": {}, "by": {"slope": rows}}
-    return Page(render(Report(name="x", metrics=metrics | {"provenance": {}})))
+    here = {"split": "test", "lo": 0.0, "hi": 5.0}
+    metrics = {
+        "model": {"test": test},
+        "baselines": {},
+        "by": {"slope": [here | test]},
+        "intervals": {"model": {"test": held}, "by": {"slope": [here | held]}},
+        "provenance": {},
+    }
+    return Page(render(Report(name="x", metrics=metrics)))
 
 
 def test_the_report_tells_what_was_held():
     found = page(1.0)
-    share = Intervals.of(*some(20_000)).summary()["interval_coverage"]
+    share = Intervals.of(*some(20_000)).summary()["coverage"]
     assert f"On test ground {100 * share:.1f} % are" in found.words
     (row,) = (row for row in found.rows if row[:2] == ["test", f"{100 * share:.1f} %"])
     assert row[-1] == "1.00"

@@ -307,14 +307,15 @@ def test_a_run_tells_its_spread_and_whether_it_holds(small_run):
     difference = np.abs(height - cube["height"])
     for split, use in {"train": TRAIN, "validation": VALIDATION, "test": TEST}.items():
         here = (cube["split"] == use) & np.isfinite(difference)
-        told = metrics["model"][split]
-        assert told["interval_coverage"] == np.mean(difference[here] <= spread[here])
+        told = metrics["intervals"]["model"][split]
+        assert told["coverage"] == np.mean(difference[here] <= spread[here])
         assert told["spread"] == pytest.approx(spread[here].mean(), abs=1e-3)
-        assert "interval_coverage" not in metrics["baselines"]["ridge"][split]
-    rows = [row for row in metrics["by"]["slope"] if row["split"] == "test"]
-    held = sum(row["interval_coverage"] * row["n"] for row in rows)
-    known = sum(row["n"] for row in rows)
-    assert held / known == pytest.approx(metrics["model"]["test"]["interval_coverage"], abs=0.05)
+    for name, rows in metrics["intervals"]["by"].items():
+        of = {(row["split"], row["lo"]): row["n"] for row in metrics["by"][name]}
+        here = [row for row in rows if row["split"] == "test"]
+        held = sum(row["coverage"] * of["test", row["lo"]] for row in here)
+        known = sum(of["test", row["lo"]] for row in here)
+        assert held / known == pytest.approx(told["coverage"], abs=0.05)
     page = (small_run.store / "report" / "index.html").read_text()
     assert "How far to trust a height" in page
     assert "map of the spread of the heights" in page

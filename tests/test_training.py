@@ -120,7 +120,7 @@ def rmse(checkpoint, ground, use):
 
 @pytest.mark.parametrize("base", ["ridge", "none"])
 def test_a_network_beats_the_ridge_on_ground_that_it_never_saw(ground, base):
-    settings = TINY.model_copy(update={"epochs": 6})
+    settings = TINY.model_copy(update={"epochs": 8})
     ground = replace(ground, patches=48)
     ridge = rmse(run(ground, RIDGE), ground, TEST)
     network = rmse(run(ground, settings, base), ground, TEST)

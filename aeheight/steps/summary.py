@@ -156,18 +156,10 @@ def _metrics(
     buffer = run.settings.split.buffer if here and heights["train"].n else None
     names = ["mean", "ridge"] + ["prior"] * any(layer.name == "prior" for layer in cube.layers)
     return {
-        "model": _by_split(sums, "model", held),
+        "model": _by_split(sums, "model"),
         "baselines": {name: _by_split(sums, name) for name in names},
-        "by": {
-            name: [
-                {"split": split, "lo": classes[k], "hi": _end(classes[k + 1])}
-                | _summary(sums, key, held)
-                for split in SPLITS
-                for k in range(len(classes) - 1)
-                if (key := f"{name}/{split}/{k}") in sums
-            ]
-            for name, classes in edges.items()
-        },
+        "by": _by_class(sums, edges),
+        "intervals": _intervals(held, edges),
         "zones": list(_zones(cube, sums)),
         "shift": shift(heights, trained),
         "correlation": _correlation(variograms, sums, cube, buffer),
@@ -189,15 +181,36 @@ def _zones(cube: Template, sums: Sums) -> Iterator[dict[str, Any]]:
             yield {"between": [first, second], **kept}
 
 
-def _by_split(sums: Sums, name: str, held: Mapping[str, Intervals] = {}) -> dict[str, Any]:
-    return {split: _summary(sums, f"{name}/{split}", held) for split in SPLITS}
+def _by_split(sums: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {split: _summary(sums, f"{name}/{split}") for split in SPLITS}
 
 
-def _summary(sums: Sums, key: str, held: Mapping[str, Intervals] = {}) -> dict[str, Any]:
-    """The figures of some ground, with those of its intervals where the map tells its spread."""
+def _by_class(sums: Mapping[str, Any], edges: Mapping[str, tuple[float, ...]]) -> dict[str, Any]:
+    """For each criterion its rows, of the classes that a split has."""
+    return {
+        name: [
+            {"split": split, "lo": classes[k], "hi": _end(classes[k + 1]), **_summary(sums, key)}
+            for split in SPLITS
+            for k in range(len(classes) - 1)
+            if (key := f"{name}/{split}/{k}") in sums
+        ]
+        for name, classes in edges.items()
+    }
+
+
+def _intervals(
+    held: Mapping[str, Intervals], edges: Mapping[str, tuple[float, ...]]
+) -> dict[str, Any]:
+    """As "model" and "by", of the map's intervals; empty where the map does not tell its spread."""
+    if not held:
+        return {}
+    return {"model": _by_split(held, "model"), "by": _by_class(held, edges)}
+
+
+def _summary(sums: Mapping[str, Any], key: str) -> dict[str, Any]:
     part = sums[key]
-    assert isinstance(part, Stats)
-    return {**part.summary(), **(held[key].summary() if key in held else {})}
+    assert isinstance(part, Stats | Intervals)
+    return part.summary()
 
 
 def _provenance(run: Run, cube: Template, year: int, checkpoint: Checkpoint) -> dict[str, Any]:

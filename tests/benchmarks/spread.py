@@ -89,7 +89,7 @@ def row(ground: str, architecture: str, kind: str, held: list[dict[str, float | 
     """Of the table: coverage of all trials together, its range, mean width, interval score."""
     share, half, score = (
         np.array([figures[key] for figures in held], dtype=float)
-        for key in ("interval_coverage", "spread", "interval_score")
+        for key in ("coverage", "spread", "score")
     )
     inside = int(np.sum((share >= 0.87) & (share <= 0.93)))
     spans = f"{100 * share.min():.1f} to {100 * share.max():.1f}"
