@@ -279,6 +279,10 @@ def _lds(ground: Arrays) -> Recipe:
 _library: Final = _with(build=models.build)
 
 VARIANTS: Final[Mapping[str, Variant]] = {
+    "default": Variant(
+        lambda _: Recipe(),
+        {"architecture": "unetplusplus", "epochs": 30, "patches_per_epoch": 128, "patience": 10},
+    ),
     "thin": Variant(),
     "unet": _library,
     "unetplusplus": Variant(_library.recipe, {"architecture": "unetplusplus"}),

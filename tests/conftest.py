@@ -16,7 +16,6 @@ from dask.system import CPU_COUNT
 from pipelines.world import World, make_world
 from tests.runs import Region, Regions, Result, run_here, small_settings
 
-
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the cores to others
 
 

@@ -3,7 +3,10 @@
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import zarr
@@ -279,6 +282,24 @@ def test_access_is_part_of_the_store() -> None:
     assert pickle.loads(pickle.dumps(store)) == store
     assert hash(store) == hash(Store.at("s3://bucket/run/", public))
     assert Store.at("s3://bucket/run", AccessSettings()) == Store.at("s3://bucket/run")
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize("access", [None, AccessSettings(anonymous=True)])
+def test_the_web_needs_no_credentials(tmp_path: Path, access: AccessSettings | None) -> None:
+    (tmp_path / "tiles").mkdir()
+    (tmp_path / "tiles" / "index.csv").write_bytes(b"a,b")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=tmp_path)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        store = Store.at(f"http://127.0.0.1:{server.server_port}/tiles", access)
+        assert store.read("index.csv") == b"a,b"
+        with pytest.raises(FileNotFoundError):
+            store.read("other.csv")
+        server.shutdown()
 
 
 def test_who_pays_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
