@@ -13,8 +13,9 @@ help:  ## what can be made
 demo: $(READY)  ## a made-up world to a height map and its report, in runs/demo
 	$(BIN)/python -m pipelines.demo
 
+# Two processes: each takes up to 6 GB, and starts workers of its own.
 test: $(READY)  ## all tests, with coverage of the library
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
 
 bench-predict: $(READY)  ## prediction beside its bounds: the bare network, map_overlap, a million shards
 	$(BIN)/python -m tests.benchmarks.predict
