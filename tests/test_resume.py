@@ -50,11 +50,11 @@ class Mortal:
     def __getattr__(self, name):
         return getattr(self._ground, name)
 
-    def read(self, spot):
+    def read(self, spot, margin=0):
         self.left -= 1
         if self.left < 0:
             raise Killed
-        return self._ground.read(spot)
+        return self._ground.read(spot, margin)
 
 
 @pytest.mark.parametrize("averaging", [None, 0.9])

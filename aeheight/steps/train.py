@@ -146,7 +146,7 @@ def _trained(
     run: Run, tree: Tree, others: Sequence[Other], split: str, asked: Mapping[str, Any]
 ) -> Checkpoint:
     # Here, not above: workers that predict need neither Lightning nor its seconds of loading.
-    from aeheight.training import Last, fit  # noqa: PLC0415
+    from aeheight.training import Last, Machine, fit  # noqa: PLC0415
 
     settings, model = run.settings, run.settings.model
     assert settings.height is not None
@@ -166,9 +166,11 @@ def _trained(
         model.patch,
         model.seed,
         model.patches_per_epoch,
+        block=settings.split.block,
         also=[other.tree for other in others],
     )
-    key = fingerprint({**asked, "version": __version__})
+    machine = Machine()
+    key = fingerprint({**asked, "version": __version__, "machine": machine.facts()})
     journal = _Journal(run.model, model.epochs, as_json=run.options.as_json)
     try:
         return fit(
@@ -179,6 +181,7 @@ def _trained(
             journal.note,
             on_progress=journal.progress,
             last=Last(run.model, _LAST, key),
+            machine=machine,
         )
     except SystemExit as stopped:  # what Lightning makes of an interrupt
         raise KeyboardInterrupt from stopped
