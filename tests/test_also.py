@@ -68,6 +68,24 @@ def test_a_run_without_training_ground_trains_on_anothers(aeheight, pair, region
     one_message(result.err, "also:")
 
 
+def test_a_cube_that_was_trained_on_too_is_judged_by_its_own_split_alone(
+    aeheight, pair, regions, scheduler
+):
+    """Under another split its training pixels would be told as test."""
+    at = ("--scheduler", scheduler)
+    trained, tests = pair
+    learnt = with_also(regions, tests, trained.store)
+    assert aeheight("train", learnt.path, *at).code == 0
+    judged = copied(trained, regions, "judged")
+    named = ("--checkpoint", str(learnt.store), "--overwrite", *at)
+    assert aeheight("predict", judged.path, *named).code == 0
+    refused = aeheight("evaluate", judged.path, "--overwrite", "--set", "split.seed=3", *at)
+    assert refused.code == 2
+    one_message(refused.err, "another split of this very ground")
+    result = aeheight("evaluate", judged.path, "--overwrite", *at)
+    assert result.code == 0, result.err
+
+
 def test_what_cannot_be_trained_on_together_is_named(aeheight, pair, regions):
     trained, tests = pair
 
