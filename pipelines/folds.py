@@ -285,14 +285,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _carry_out(regions: Sequence[Region], arguments: argparse.Namespace) -> int:
+    if arguments.leave_one_out:
+        _need_stores(regions)
     if not all(region.ingest() for region in regions):
         return 1
     if arguments.leave_one_out:
-        if len({region.source.store.uri for region in regions}) < max(len(regions), 2):
-            raise InputError(
-                "--leave-one-out needs two regions or more, each with a store of its own; "
-                f"given: {', '.join(str(region.path) for region in regions)}"
-            )
         return _publish(regions[0].beside.child("left-out"), "One region left out",
                         leave_one_out(regions))  # fmt: skip
     for region in regions:
@@ -301,6 +298,14 @@ def _carry_out(regions: Sequence[Region], arguments: argparse.Namespace) -> int:
         if code := _publish(store, title, folds(region, arguments.folds)):
             return code
     return 0
+
+
+def _need_stores(regions: Sequence[Region]) -> None:
+    if len({region.source.store.uri for region in regions}) < max(len(regions), 2):
+        raise InputError(
+            "--leave-one-out needs two regions or more, each with a store of its own; "
+            f"given: {', '.join(str(region.path) for region in regions)}"
+        )
 
 
 def _publish(store: Store, title: str, trials: Sequence[Trial] | None) -> int:

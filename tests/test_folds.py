@@ -224,6 +224,19 @@ def test_bad_input_is_one_message(arguments, changes, words, regions, done, sche
     assert "Traceback" not in result.err + message
 
 
+@pytest.mark.parametrize("stores", [["one"], ["one", "one"]])
+def test_regions_to_leave_out_are_counted_before_any_is_ingested(regions, stores):
+    files = [
+        regions.write(f"file{number}", store=str(regions.folder / store))
+        for number, store in enumerate(stores)
+    ]
+    result = folds("--leave-one-out", *(file.path for file in files))
+    assert result.code == 2
+    for word in ("two regions or more", "store of its own", str(files[-1].path)):
+        assert word in result.err
+    assert not files[0].store.exists()
+
+
 def small(done):
     return done.region.settings
 
