@@ -94,11 +94,17 @@ class Trial:
     """How far off that is."""
     coverage: float
     """Share of the map that lies within a block's edge of a point."""
+    within_before: float | None
+    """Share of the points no further off than they may be; None: nobody said."""
+    within_after: float | None
+    """The same after the correction, cross-validated."""
     rmse_by_form: Mapping[str, float]
     """Cross-validated, metres, from the simplest form on; what the form was chosen by."""
 
 
-def calibrate(samples: Samples, x: Floats, y: Floats) -> tuple[Correction, Trial]:
+def calibrate(
+    samples: Samples, x: Floats, y: Floats, allowed: Floats | None = None
+) -> tuple[Correction, Trial]:
     """The correction of a map that its reference points can prove.
 
     The form is the simplest whose cross-validated squared error is within one standard error of the
@@ -111,6 +117,8 @@ def calibrate(samples: Samples, x: Floats, y: Floats) -> tuple[Correction, Trial
         samples: the map at the points.
         x: (m,) places spread over the map, metres.
         y: (m,) the same.
+        allowed: (n,) how far off each point may be, metres, NaN where nobody says: for
+            `Trial.within_before` and `within_after`, and nothing else.
 
     Raises:
         InputError: too few points, all in one place, or no gain that exceeds its standard error;
@@ -131,13 +139,23 @@ def calibrate(samples: Samples, x: Floats, y: Floats) -> tuple[Correction, Trial
         held = bench.fold == fold
         left[held] = bench.left(bench.choose(frozenset({fold}))[0], frozenset({fold}), fold)
     before, after = -kept.wanted, -left
+    limits = None if allowed is None else allowed[good]
     gains = _gains(before, after, bench.weight, block)
     trial = Trial(
         form, Figures.of(before, bench.weight), Figures.of(after, bench.weight), *gains,
-        int(block.max()) + 1, edge, _FOLDS, int((~good).sum()), limit, coverage, scores,
+        int(block.max()) + 1, edge, _FOLDS, int((~good).sum()), limit, coverage,
+        _within(before, limits), _within(after, limits), scores,
     )  # fmt: skip
     _need_gain(trial)
     return bench.correction(form, support(kept.x, kept.y, edge)), trial
+
+
+def _within(difference: Floats, allowed: Floats | None) -> float | None:
+    """The share of differences that are allowed."""
+    if allowed is None or np.isnan(allowed).all():
+        return None
+    known = ~np.isnan(allowed)
+    return float(np.mean(np.abs(difference[known]) <= allowed[known]))
 
 
 def _need_points(count: int) -> None:
