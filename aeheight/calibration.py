@@ -12,7 +12,7 @@ import numpy as np
 
 from aeheight.correction import Correction, Floats, Numbers, Surface, support
 from aeheight.errors import InputError
-from aeheight.fitting import Fits, Samples, line, spread
+from aeheight.fitting import Fits, Samples, line, median_nmad
 
 FEWEST_POINTS, FEWEST_BLOCKS = 30, 10
 """Below these no standard error is worth its name."""
@@ -65,7 +65,7 @@ class Figures:
     @classmethod
     def of(cls, difference: Floats, weight: Floats) -> "Figures":
         """Of (n,) differences."""
-        median, nmad = spread(difference)
+        median, nmad = median_nmad(difference)
         return cls(len(difference), _rmse(difference, weight), median, nmad)
 
 
@@ -126,7 +126,7 @@ def calibrate(
     """
     _need_points(len(samples))
     residual, own = line(samples)
-    limit = max(_GROSS * spread(residual)[1], _LEAST_GROSS)
+    limit = max(_GROSS * median_nmad(residual)[1], _LEAST_GROSS)
     good = np.abs(residual) <= limit
     kept = samples.where(good)
     _need_points(len(kept))
@@ -299,9 +299,8 @@ def _gains(
 
     def gains(chosen: Numbers) -> tuple[float, float]:
         one, other = before[chosen], after[chosen]
-        return _rmse(one, weight[chosen]) - _rmse(other, weight[chosen]), spread(one)[1] - spread(
-            other
-        )[1]
+        rmse = _rmse(one, weight[chosen]) - _rmse(other, weight[chosen])
+        return rmse, median_nmad(one)[1] - median_nmad(other)[1]
 
     draws = [
         gains(np.concatenate([members[k] for k in rng.integers(0, len(members), len(members))]))
