@@ -18,7 +18,7 @@ from aeheight.errors import InputError, NotYetError
 from aeheight.grid import Grid, owned
 from aeheight.intervals import Intervals
 from aeheight.metrics import Scatter, Stats, dump
-from aeheight.models import Checkpoint
+from aeheight.models import Checkpoint, Provenance
 from aeheight.receipts import Ledger, Receipt, receipt_for
 from aeheight.settings import fingerprint
 from aeheight.splits import USES
@@ -138,12 +138,7 @@ def execute(run: Run) -> Outcome:
     _need_height(run)
     cube = run.whole_cube()
     checkpoint = _whole_map(run, cube)
-    trained = checkpoint.provenance
-    if trained.cube == cube.identity and trained.split != split_fingerprint(run.settings):
-        raise InputError(
-            "the model was trained on another split of this very ground: its test pixels may have "
-            "been training pixels; train again with --overwrite, or set `split` back"
-        )
+    _refuse_other_split(run, cube, checkpoint.provenance)
     ledger = run.ledger("report")
     if run.options.overwrite:
         run.discard(ledger.store, run.ledger("split").store)
@@ -185,6 +180,17 @@ def execute(run: Run) -> Outcome:
     if not outcome.failed and (outcome.done or not run.report.exists("index.html")):
         summarise(run, cube.template, heights.template, year, shards, checkpoint, classes)
     return outcome
+
+
+def _refuse_other_split(run: Run, cube: Tree, trained: Provenance) -> None:
+    learnt = [(trained.cube, trained.split)]
+    learnt += [(further.cube, further.split) for further in trained.also or ()]
+    split = split_fingerprint(run.settings)
+    if any(identity == cube.identity and known != split for identity, known in learnt):
+        raise InputError(
+            "the model was trained on another split of this very ground: its test pixels may have "
+            "been training pixels; train again with --overwrite, or set `split` back"
+        )
 
 
 def _finite(edges: tuple[float, ...]) -> list[float]:
