@@ -120,12 +120,7 @@ def check_split(settings: RegionSettings, grids: Sequence[Grid], *, trains: bool
         raise InputError(
             f"split: of {one.number} blocks {one.test} test and {one.validation} validate, which "
             f"leaves none to train on; lower the shares, or make split.block ({split.block} px) "
-            "smaller"
-            + (
-                ""
-                if split.test != 1
-                else "; a region that only tests takes a model by --checkpoint"
-            )
+            "smaller (or give a region that only tests another's model, by --checkpoint)"
         )
 
 
