@@ -269,7 +269,7 @@ def collection(
         found.add_link(_link("item", href, None, "application/geo+json"))
     for href, title in pictures.items():
         picture = pystac.Asset(href, title, media_type=pystac.MediaType.PNG, roles=["overview"])
-        found.add_asset(href.removesuffix(".png").replace("/", "-"), picture)
+        found.add_asset(href.removeprefix("./").removesuffix(".png").replace("/", "-"), picture)
     return _json(found.to_dict(include_self_link=False, transform_hrefs=False))
 
 

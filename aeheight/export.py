@@ -2,11 +2,13 @@
 
 The file is written window by window into a plain GeoTIFF, from which GDAL makes the COG with its
 overviews: memory is bounded by a window, and the disk holds the plain file (4 bytes a pixel), its
-overviews and the COG for a while.
+overviews and the COG for a while. GDAL may leave a file cut off on a full disk and say nothing, so
+every file is read back.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ import rasterio
 import rasterio.shutil
 from numpy.typing import NDArray
 from pyproj import CRS
+from rasterio._err import CPLE_BaseError
 from rasterio.enums import Resampling
-from rasterio.errors import RasterioError
+from rasterio.errors import RasterioError, RasterioIOError
 from rasterio.windows import Window
 
 from aeheight.grid import Grid
@@ -114,16 +117,43 @@ def write_cog(
         OSError: the disk is full, or cannot be written.
     """
     plain = path.with_suffix(".plain.tif")
+    windows = list(tile(grid.shape, -(-_WINDOW // settings.block) * settings.block))
     try:
         with rasterio.Env(GDAL_CACHEMAX=_CACHE, GDAL_NUM_THREADS="1"):
-            moments = _write_plain(plain, grid, read, about, settings)
+            moments, sums = _write_plain(plain, grid, windows, read, about, settings)
             if moments.valid:
                 rasterio.shutil.copy(plain, path, driver="COG", **_cog_options(settings))
-    except RasterioError as error:
-        raise OSError(f"cannot write {path.name}: {error.__cause__ or error}") from error
+                _prove(path, windows, sums)
+    except (RasterioError, CPLE_BaseError) as error:
+        path.unlink(missing_ok=True)
+        reason = error.__cause__ or error
+        raise OSError(
+            f"cannot write {path.name}: {reason}; is the disk of temporary files (TMPDIR) full?"
+        ) from error
     finally:
         plain.unlink(missing_ok=True)
     return moments
+
+
+def _prove(path: Path, windows: Sequence[Region], sums: Sequence[int]) -> None:
+    """Read all of a file back.
+
+    Raises:
+        RasterioError: it is cut off, or has other pixels than were written.
+    """
+    with rasterio.open(path) as found:
+        levels = len(found.overviews(1))
+        for window, wanted in zip(windows, sums, strict=True):
+            if zlib.crc32(found.read(1, window=_place(window))) != wanted:
+                raise RasterioIOError(f"the pixels of {window.name} are not those written")
+    for level in range(levels):
+        with rasterio.open(path, overview_level=level) as found:
+            for window in tile(found.shape, _WINDOW):
+                found.read(1, window=_place(window))
+
+
+def _place(region: Region) -> Window:
+    return Window(region.col, region.row, region.width, region.height)
 
 
 def _cog_options(settings: ExportSettings) -> dict[str, Any]:
@@ -138,27 +168,33 @@ def _cog_options(settings: ExportSettings) -> dict[str, Any]:
 
 
 def _write_plain(
-    path: Path, grid: Grid, read: Read, about: About, settings: ExportSettings
-) -> Moments:
+    path: Path,
+    grid: Grid,
+    windows: Sequence[Region],
+    read: Read,
+    about: About,
+    settings: ExportSettings,
+) -> tuple[Moments, list[int]]:
+    """The file without overviews; its moments, and the CRC-32 of each window."""
     rows, cols = grid.shape
-    moments = Moments()
+    moments, sums = Moments(), []
     with rasterio.open(
         path, "w", driver="GTiff", count=1, height=rows, width=cols, dtype="float32",
         crs=rasterio.CRS.from_wkt(about.crs.to_wkt()), transform=grid.transform, nodata=np.nan,
         tiled=True, blockxsize=settings.block, blockysize=settings.block, bigtiff="if_safer",
     ) as target:  # fmt: skip
-        for region in tile(grid.shape, -(-_WINDOW // settings.block) * settings.block):
-            values = read(region)
+        for window in windows:
+            values = np.ascontiguousarray(read(window), dtype=np.float32)
             moments = moments.add(values)
-            place = Window(region.col, region.row, region.width, region.height)
-            target.write(values, 1, window=place)
+            sums.append(zlib.crc32(values.data))
+            target.write(values, 1, window=_place(window))
         target.update_tags(AREA_OR_POINT="Area", **about.tags)
         target.set_band_description(1, about.description)
         target.set_band_unit(1, about.unit)
         if moments.valid:
             told = {f"STATISTICS_{k.upper()}": repr(v) for k, v in moments.statistics.items()}
             target.update_tags(1, **told)
-    return moments
+    return moments, sums
 
 
 def overview(path: Path, shape: tuple[int, int]) -> Heights:

@@ -31,7 +31,7 @@ def publish(run: Run, task: Export, tree: Tree, ledger: Ledger) -> None:
         tree: the map.
         ledger: of the tiles.
     """
-    receipts = ledger.receipts(ledger.done())
+    receipts = ledger.receipts(sorted(ledger.done()))
     shards = [Shard.parse(receipt.shard) for receipt in receipts if receipt.valid]
     place = run.store.child(FOLDER)
     pictures: dict[str, str] = {}
