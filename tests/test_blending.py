@@ -81,7 +81,10 @@ def test_one_zone_alone_serves_where_the_other_has_nothing():
     known = np.isfinite(found)
     # Also past the reach: what is there is shown.
     assert (known & (lon > -120 + REACH / 80_000)).any()
-    np.testing.assert_allclose(found[known], plane("EPSG:4326", lon, lat)[known], atol=0.02)
+    inner = known.copy()  # at the rim a pixel has neighbours on one side only
+    for axis in (0, 1):
+        inner &= np.roll(known, 2, axis) & np.roll(known, -2, axis)
+    np.testing.assert_allclose(found[inner], plane("EPSG:4326", lon, lat)[inner], atol=0.02)
 
 
 def test_a_mosaic_of_one_zone_in_its_own_crs_is_that_zone():
