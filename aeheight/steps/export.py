@@ -41,7 +41,7 @@ PICTURE = 1600
 _ITEM = "item"
 """What a receipt calls the STAC item among its files."""
 _PROCESS_BYTES = 500_000_000
-"""Measured: libraries, GDAL's cache and the windows of one task."""
+"""Upper bound for two tasks at hand; measured with one: 175 MB, of a mosaic 360 MB."""
 
 
 @dataclass(frozen=True, slots=True)
