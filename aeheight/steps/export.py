@@ -191,6 +191,8 @@ def execute(run: Run) -> Outcome:
     ledger = ledger.begin(work.begun_with())
     gone = _outgrown(work, ledger, shards)
     forget(run, gone)
+    if gone or ledger.pending(shards):
+        place.remove_many([COLLECTION])  # written last: where it lies, the export is whole
     tree = work.tree
     task = Export(
         tree.store.uri,
@@ -203,7 +205,7 @@ def execute(run: Run) -> Outcome:
         work.mosaic,
     )
     outcome = carry_out(run, "export", ledger, shards, task)
-    if not outcome.failed and (outcome.done or gone or not place.exists(COLLECTION)):
+    if not outcome.failed and not place.exists(COLLECTION):
         # Only this needs PyTorch, for what the checkpoint says of itself.
         from aeheight.steps.publish import publish  # noqa: PLC0415
 
@@ -312,6 +314,9 @@ class Export:
                     self._put(tree, shard, layer, Path(folder), files)
                 further = {name: file.sha256 for name, file in files.items() if name != first.name}
                 further[_ITEM] = self._describe(shard, grid.part(shard.region), files)
+            else:  # there may be files of an earlier map
+                names = [layer.name for layer in others] + [_ITEM]
+                Store(self.place).remove_many([key_of(shard, name) for name in names])
         low, high, mean = moments.bounds if moments.valid else (None, None, None)
         receipt = Receipt(
             shard=shard.name,
