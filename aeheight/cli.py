@@ -27,6 +27,7 @@ _VERBS = {
     "predict": "the cube and a model to a map of heights",
     "evaluate": "the map against its reference: metrics and a report",
     "calibrate": "a finished map corrected by sparse reference heights, where they prove a gain",
+    "export": "a finished map to files that every GIS opens: COGs, STAC, pictures",
     "run": "all steps in order; what is done is skipped",
     "status": "what is done and what is left",
     "verify": "read every finished shard again and compare its checksum",
@@ -39,6 +40,7 @@ examples:
   aeheight run region.yaml                            all steps; again, after an interruption
   aeheight predict other.yaml --checkpoint runs/demo  a model trained elsewhere
   aeheight calibrate region.yaml --points gnss.csv    a finished map, corrected
+  aeheight export region.yaml                         a finished map as GeoTIFFs
 
 exit codes: 0 done; 1 shards failed, or interrupted: run again to go on; 2 bad input
 """

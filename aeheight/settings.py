@@ -192,6 +192,30 @@ class PredictSettings(_Settings):
     """Of the network but its last layer; `auto` is float16 on a GPU, float32 on a CPU."""
 
 
+class ExportSettings(_Settings):
+    """How a map becomes files that every GIS opens."""
+
+    map: Literal["heights", "calibrated"] = "heights"
+    """Which of the run's maps: as predicted, or as `calibrate` corrected it."""
+    tile: Positive = 8192
+    """Largest edge of a file in pixels; a zone that is smaller is one file."""
+    block: Annotated[int, Field(ge=128, multiple_of=16)] = 512
+    """Edge of a COG's internal blocks in pixels."""
+    compress: Literal["deflate", "zstd"] = "deflate"
+    """Deflate opens everywhere; zstd is quicker, and needs GDAL's of 2018 or later."""
+    crs: str | None = None
+    """Such as `EPSG:3035`: further files, a mosaic of all zones in this CRS, blended where zones
+    meet."""
+    resolution: Annotated[float, Field(gt=0)] | None = None
+    """Edge of the mosaic's pixels in units of `crs`; None: that of the zones' pixels."""
+
+    @model_validator(mode="after")
+    def _resolution_of_a_mosaic(self) -> "ExportSettings":
+        if self.resolution is not None and self.crs is None:
+            raise ValueError("export.resolution is the mosaic's: give export.crs too")
+        return self
+
+
 class RegionSettings(_Settings):
     """One run: one region file."""
 
@@ -212,6 +236,7 @@ class RegionSettings(_Settings):
     split: SplitSettings = SplitSettings()
     model: ModelSettings = ModelSettings()
     predict: PredictSettings = PredictSettings()
+    export: ExportSettings = ExportSettings()
 
     _folder: Path = PrivateAttr(default=Path())
 

@@ -155,8 +155,17 @@ class Store:
             raise InputError(f"{self.uri}/{key} is damaged; remove it, or run with --overwrite")
         return found
 
-    def write(self, key: str, data: bytes) -> None:
-        """Put a whole object in place of whatever was there.
+    def pieces(self, key: str, size: int = 1 << 24) -> Iterator[bytes]:
+        """A whole object from first to last byte, at most `size` at once; errors as in `read`."""
+        with plain_errors(f"read {self.uri}/{key}"):
+            self._need_folder()
+            left = int(_again(lambda: obstore.head(_open(self), key))["size"])
+        for start in range(0, left, size):
+            (part,) = self.parts(key, [start], [min(size, left - start)])
+            yield bytes(part)
+
+    def write(self, key: str, data: bytes | Path) -> None:
+        """Put a whole object (or a file of this machine) in place of whatever was there.
 
         Raises:
             OSError: the store cannot be written (a full disk, no right).

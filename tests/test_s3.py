@@ -193,6 +193,19 @@ def test_an_upload_whose_last_answer_is_cut_off_is_sent_again(
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+def test_a_file_survives(chaos: Chaos, store: Store, tmp_path: Path, fault: Fault) -> None:
+    path = tmp_path / "large"
+    path.write_bytes(np.random.default_rng(0).bytes(12_000_000))
+    chaos.begin(fault)
+    store.write("large", path)
+    found = list(store.pieces("large", 5_000_000))
+    assert [len(piece) for piece in found] == [5_000_000, 5_000_000, 2_000_000]
+    assert b"".join(found) == path.read_bytes()
+    with pytest.raises(FileNotFoundError):
+        next(store.pieces("none"))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_raster_survives(
     chaos: Chaos, store: Store, tmp_path: Path, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:

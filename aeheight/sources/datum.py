@@ -93,6 +93,26 @@ def check_datum(text: str, key: str) -> None:
         )
 
 
+def compound(crs: str, datum: str) -> CRS | None:
+    """A map's CRS with its heights' datum, as one CRS.
+
+    Args:
+        crs: of the map.
+        datum: vertical datum, as `check_datum` has it.
+
+    Returns:
+        None where the datum is an ellipsoid, which no compound CRS can hold, or where PROJ does
+        not know it.
+    """
+    try:
+        flat, heights = CRS.from_user_input(crs), _heights(datum)
+        if not heights.is_vertical:
+            return None
+        return CompoundCRS(f"{flat.name} + {heights.name}", [flat, heights])
+    except (CRSError, LookupError):
+        return None
+
+
 def _nearest(text: str) -> str:
     folded = {name.lower().replace(" ", ""): name for name in _COMMON}
     found = difflib.get_close_matches(text.lower().replace(" ", ""), folded, n=3, cutoff=0.5)

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from aeheight.calibration import calibrate
 from aeheight.cluster import Outcome
 from aeheight.correction import Correction
-from aeheight.cube import Tree, create, find, open_tree, remove_tree
-from aeheight.errors import InputError, NotYetError
+from aeheight.cube import Tree, create, open_tree, remove_tree
+from aeheight.errors import InputError
 from aeheight.fitting import Samples
 from aeheight.grid import reproject_bounds, transformer
 from aeheight.models import Checkpoint
@@ -99,7 +99,7 @@ def repair(run: Run) -> Outcome:
     Raises:
         InputError: the map is not whole, or another than that was corrected.
     """
-    heights, ledger = _whole_map(run), run.ledger(LEDGER)
+    heights, ledger = run.whole_map(), run.ledger(LEDGER)
     ledger.check(_of_map(run, heights), "calibrate")
     tree = open_tree(run.store.child(TREE))
     return _apply(run, heights, tree, ledger.current())
@@ -161,7 +161,7 @@ class _Work:
     @classmethod
     def of(cls, run: Run, href: str) -> "_Work":
         """Of a run, checked; a correction that was begun with is taken up."""
-        heights, ledger = _whole_map(run), run.ledger(LEDGER)
+        heights, ledger = run.whole_map(), run.ledger(LEDGER)
         points = _points(heights.template, href)
         made_of = _of_map(run, heights) | {"points": {"digest": points.digest, "rows": points.rows}}
         result = None
@@ -171,20 +171,6 @@ class _Work:
         if result is None:
             result = _proven(run, heights, points, href) | {"made_of": made_of}
         return cls(heights, _template(heights.template, result["correction"]), result)
-
-
-def _whole_map(run: Run) -> Tree:
-    """The map, with every shard in it.
-
-    Raises:
-        NotYetError: there is none yet, or shards of it are missing.
-    """
-    if find(run.heights) is None:
-        raise NotYetError(f"there is no map at {run.heights.uri} yet; run aeheight predict")
-    tree = open_tree(run.heights)
-    if left := run.ledger("heights").pending(tree.template.shards("height")):
-        raise NotYetError(f"{len(left)} shards of the map are missing; run aeheight predict")
-    return tree
 
 
 def _of_map(run: Run, heights: Tree) -> dict[str, Any]:

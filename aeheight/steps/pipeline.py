@@ -1,12 +1,12 @@
 """The steps in order: run, plan, status, verify."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from aeheight.cluster import Outcome, Progress, run_shards, wants_gpu
+from aeheight.cluster import Outcome, Progress, Task, run_shards, wants_gpu
 from aeheight.cube import Tree, find, open_tree
 from aeheight.errors import InputError, NotYetError
 from aeheight.receipts import Ledger, Receipt, inspect
@@ -94,6 +94,9 @@ def execute(run: Run, steps: Sequence[str], say: Say) -> int:
             say(_counted(step, outcome), _told(step, outcome))
             if outcome.failed:
                 return 1
+    if "export" in steps:
+        catalogue = f"{run.store.uri}/export/collection.json"
+        say({"export": catalogue}, [f"files     {catalogue}"])
     if "evaluate" in steps:
         page = f"{run.report.uri}/index.html"
         lines = [*_headline(run.report.read_json("metrics.json")), f"report    {page}"]
@@ -217,6 +220,9 @@ def status(run: Run, say: Say) -> int:
         order.append("calibrate")
         if not _made(True, run.ledger("calibrated"), "heights", heights):
             known["calibrate"] = (0, known["calibrate"][1])
+    if exported := _exported(run):
+        order.append("export")
+        known["export"] = exported
     facts = {
         step: {"done": known[step][0], "total": known[step][1]} if step in known else None
         for step in order
@@ -227,6 +233,14 @@ def status(run: Run, say: Say) -> int:
         + [_status_line(s, known.get(s)) for s in order],
     )
     return 0
+
+
+def _exported(run: Run) -> tuple[int, int] | None:
+    """Tiles that are done, and all; None where nothing was exported."""
+    if run.ledger("export").settings() is None:
+        return None
+    found: tuple[int, int] | None = _step("export").progress(run)
+    return found
 
 
 def _made(there: bool, ledger: Ledger, source: str, found: Mapping[str, Any]) -> int:
@@ -244,7 +258,7 @@ def _status_line(step: str, counts: tuple[int, int] | None) -> str:
     if counts is None:
         return f"  {step:9} not begun"
     done, total = counts
-    unit = {"train": "model", "evaluate": "report"}.get(step, "shards")
+    unit = {"train": "model", "evaluate": "report", "export": "tiles"}.get(step, "shards")
     state = "done" if done == total else f"{total - done} left"
     return f"  {step:9} {done} of {total} {unit}, {state}"
 
@@ -263,8 +277,8 @@ def verify(run: Run, say: Say, *, repair: bool) -> int:
         raise InputError(f"there is nothing to verify at {run.store.uri}; run aeheight ingest")
     damaged: dict[str, set[str]] = {}
     with run.connection:
-        for label, tree, ledger, _ in ledgers:
-            checked, damages = _inspect(run, label, tree, ledger)
+        for label, ledger, task in _checks(run, ledgers):
+            checked, damages = _inspect(run, label, ledger, task)
             say(
                 {"step": label, "checked": checked, "damaged": sorted(damages)},
                 [f"{label:9} {checked} shards checked, {len(damages)} damaged"]
@@ -280,15 +294,28 @@ def verify(run: Run, say: Say, *, repair: bool) -> int:
             ["run again with --repair to make just these shards again"],
         )
         return 1
+    return _repair(run, damaged, [(label, ledger) for label, _, ledger, _ in ledgers], say)
+
+
+def _repair(
+    run: Run, damaged: Mapping[str, set[str]], ledgers: Sequence[tuple[str, Ledger]], say: Say
+) -> int:
+    """Make damaged shards again, as they were made; each step on what the one before has mended."""
     if "predict" in damaged:  # with the very model and windows that the map was made with
         run = _as_made(run)
     with run.held():
-        for label, _, ledger, _ in ledgers:
+        for label, ledger in ledgers:
             ledger.forget(damaged.get(label, set()))
+        if "export" in damaged:
+            _step("export").forget(run, sorted(damaged["export"]))
         if "split" in damaged:
             _step("split").record_split(run)
     code = execute(run, [step for step in STEPS if step in damaged], say)
-    return code if code or "calibrate" not in damaged else _repair_calibrated(run, say)
+    if not code and "calibrate" in damaged:
+        code = _repair_calibrated(run, say)
+    if not code and "export" in damaged:
+        code = execute(_step("export").as_made(run), ["export"], say)
+    return code
 
 
 def _repair_calibrated(run: Run, say: Say) -> int:
@@ -321,12 +348,22 @@ class Inspect:
         return inspect(open_tree(Store(self.tree)), Ledger(Store(self.ledger), self.key), shard)
 
 
-def _inspect(run: Run, label: str, tree: Tree, ledger: Ledger) -> tuple[int, dict[str, str]]:
+def _checks(
+    run: Run, ledgers: Sequence[tuple[str, Tree, Ledger, list[str]]]
+) -> Iterator[tuple[str, Ledger, Task]]:
+    """Label, receipts and the task that reads a shard again, of all that was made."""
+    for label, tree, ledger, _ in ledgers:
+        current = ledger.current()
+        yield label, current, Inspect(tree.store.uri, current.store.uri, current.key)
+    exported = run.ledger("export")
+    if exported.settings() is not None:
+        yield "export", exported.current(), _step("export").check(run)
+
+
+def _inspect(run: Run, label: str, ledger: Ledger, task: Task) -> tuple[int, dict[str, str]]:
     """How many shards were read again, and the reasons of those that are damaged."""
-    ledger = ledger.current()
     shards = ledger.finished()
     if not shards:
         return 0, {}
-    task = Inspect(tree.store.uri, ledger.store.uri, ledger.key)
     progress = Progress(label, len(shards), as_json=run.options.as_json)
     return len(shards), run_shards(run.connection.client(), task, shards, progress).failed

@@ -25,6 +25,10 @@ ASKED = "asked.json"
 """Which sources the region file named when the cube was made, beside the cube's receipts."""
 
 
+_MAKERS = {"heights": "predict", "calibrated": "calibrate"}
+"""The verb that makes each map."""
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """What the command line adds to a region file; none of it changes a result."""
@@ -111,6 +115,30 @@ class Run:
             )
         if left := ledger.pending(cube_shards(tree.template)):
             raise NotYetError(f"{len(left)} shards of the cube are missing; run aeheight ingest")
+        return tree
+
+    def whole_map(self, name: str = "heights") -> Tree:
+        """A map, with every shard in it.
+
+        Args:
+            name: `heights` or `calibrated`.
+
+        Raises:
+            NotYetError: there is none yet, or shards of it are missing.
+            InputError: the map that was corrected is no longer there.
+        """
+        place, ledger, verb = self.store.child(f"{name}.zarr"), self.ledger(name), _MAKERS[name]
+        if find(place) is None:
+            raise NotYetError(f"there is no map at {place.uri} yet; run aeheight {verb}")
+        tree = open_tree(place)
+        if left := ledger.pending(tree.template.shards("height")):
+            raise NotYetError(f"{len(left)} shards of the map are missing; run aeheight {verb}")
+        corrected = (ledger.settings() or {}).get("heights")
+        if name == "calibrated" and corrected != (find(self.heights) or {}).get("identity"):
+            raise InputError(
+                f"{place.uri} corrects an older map than {self.heights.uri}; run aeheight "
+                "calibrate --overwrite"
+            )
         return tree
 
     def discard(self, *places: Store) -> None:

@@ -1,0 +1,289 @@
+"""STAC 1.1: an item a tile, one for the model, and the collection that holds them.
+
+Extensions: projection, raster, file (SHA-256 as multihash), processing, and MLM for the model.
+Everything links by relative paths, so that a folder of exports can be moved or published as it is.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pystac
+from pystac.extensions.file import FileExtension
+from pystac.extensions.projection import ProjectionExtension
+from pystac.extensions.raster import RasterBand, RasterExtension
+
+from aeheight.embeddings import ATTRIBUTION, BANDS
+from aeheight.grid import Bounds, Grid, reproject_bounds, transformer
+
+PROCESSING = "https://stac-extensions.github.io/processing/v1.2.0/schema.json"
+MLM = "https://stac-extensions.github.io/mlm/v1.4.0/schema.json"
+COLLECTION, MODEL = "collection.json", "model.json"
+"""Under the export."""
+_DEGREES = "EPSG:4326"
+_ALONG = 8
+"""Points along each side of a tile's outline."""
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A COG of a tile, as its item describes it."""
+
+    href: str
+    """Relative to the item."""
+    title: str
+    unit: str
+    size: int
+    """Bytes."""
+    sha256: str
+    """Hexadecimal."""
+    statistics: Mapping[str, float]
+    """Of its valid pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a map comes from: the same for all of its tiles."""
+
+    collection: str
+    """Its identifier: the region's name."""
+    surface: str
+    """`dsm` or `dtm`."""
+    vertical_datum: str
+    checkpoint: str
+    """Digest of the model."""
+    lineage: str
+    """How the heights were made, for people."""
+    software: Mapping[str, str]
+    """Name and version."""
+
+    @property
+    def properties(self) -> dict[str, Any]:
+        """Of an item and of the collection's summaries."""
+        return {
+            "processing:level": "L4",
+            "processing:lineage": self.lineage,
+            "processing:software": dict(self.software),
+            "aeheight:surface": self.surface,
+            "aeheight:vertical_datum": self.vertical_datum,
+            "aeheight:checkpoint": self.checkpoint,
+        }
+
+
+def multihash(sha256: str) -> str:
+    """A SHA-256 as the file extension has it: its code 0x12 and its length before it.
+
+    >>> multihash("e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855")[:8]
+    '1220e3b0'
+    """
+    return "1220" + sha256
+
+
+def tile_item(
+    name: str, grid: Grid, year: int, files: Mapping[str, File], origin: Origin, up: str
+) -> bytes:
+    """The item of a tile, as JSON.
+
+    Args:
+        name: its identifier.
+        grid: the pixels of the tile.
+        year: of the embeddings.
+        files: by layer.
+        origin: of the map.
+        up: relative path from the item to the export's folder, such as `../..`.
+    """
+    bbox = reproject_bounds(grid.bounds, grid.crs, _DEGREES)
+    item = pystac.Item(
+        id=name,
+        geometry=_outline(grid, bbox),
+        bbox=list(bbox),
+        datetime=None,
+        start_datetime=datetime(year, 1, 1, tzinfo=UTC),
+        end_datetime=datetime(year, 12, 31, 23, 59, 59, tzinfo=UTC),
+        properties=origin.properties,
+        stac_extensions=[PROCESSING],
+        collection=origin.collection,
+    )
+    place = ProjectionExtension.ext(item, add_if_missing=True)
+    short = grid.crs.startswith("EPSG:")
+    place.apply(
+        code=grid.crs if short else None,
+        wkt2=None if short else grid.crs,
+        bbox=list(grid.bounds),
+        shape=list(grid.shape),
+        transform=list(grid.transform)[:6],
+    )
+    for layer, file in files.items():
+        item.add_asset(layer, _asset(file, item, grid.resolution))
+    for rel in ("root", "parent", "collection"):
+        item.add_link(_link(rel, f"{up}/{COLLECTION}", origin.collection))
+    item.add_link(_link("derived_from", f"{up}/{MODEL}", "the model that made it"))
+    return _json(item.to_dict(include_self_link=False, transform_hrefs=False))
+
+
+def _asset(file: File, item: pystac.Item, resolution: float) -> pystac.Asset:
+    asset = pystac.Asset(file.href, file.title, media_type=pystac.MediaType.COG, roles=["data"])
+    asset.set_owner(item)
+    FileExtension.ext(asset, add_if_missing=True).apply(
+        size=file.size, checksum=multihash(file.sha256)
+    )
+    band: dict[str, Any] = {
+        "data_type": "float32",
+        "nodata": "nan",
+        "sampling": "area",
+        "spatial_resolution": resolution,
+        "statistics": dict(file.statistics),
+    }
+    if file.unit:
+        band["unit"] = file.unit
+    RasterExtension.ext(asset, add_if_missing=True).bands = [RasterBand(band)]
+    return asset
+
+
+def _outline(grid: Grid, bbox: Bounds) -> dict[str, Any]:
+    """The tile's outline in degrees, counter-clockwise; cut at the 180th meridian."""
+    west, south, east, north = bbox
+    if west > east:
+        parts = [(west, 180.0), (-180.0, east)]
+        rings = [_ring([w, e, e, w], [south, south, north, north]) for w, e in parts]
+        return {"type": "MultiPolygon", "coordinates": [[ring] for ring in rings]}
+    left, bottom, right, top = grid.bounds
+    along = np.linspace(0, 1, _ALONG, endpoint=False)
+    x = np.concatenate([left + along * (right - left), np.full(_ALONG, right),
+                        right - along * (right - left), np.full(_ALONG, left)])  # fmt: skip
+    y = np.concatenate([np.full(_ALONG, bottom), bottom + along * (top - bottom),
+                        np.full(_ALONG, top), top - along * (top - bottom)])  # fmt: skip
+    lon, lat = transformer(grid.crs, _DEGREES).transform(x, y)
+    return {"type": "Polygon", "coordinates": [_ring(lon, lat)]}
+
+
+def _ring(lon: Sequence[float], lat: Sequence[float]) -> list[list[float]]:
+    points = [[round(float(x), 9), round(float(y), 9)] for x, y in zip(lon, lat, strict=True)]
+    return [*points, points[0]]
+
+
+def model_item(origin: Origin, facts: Mapping[str, Any], file: File) -> bytes:
+    """The item of the model, as JSON; it has no place, since a model may serve anywhere.
+
+    Args:
+        origin: of the map.
+        facts: `architecture`, `pretrained`, `parameters`, `years` (of the embeddings trained on),
+            `hyperparameters` and `torch` (its version).
+        file: the checkpoint.
+    """
+    years = facts["years"]
+    shape = [-1, BANDS, -1, -1]
+    item = pystac.Item(
+        id=f"{origin.collection}-model",
+        geometry=None,
+        bbox=None,
+        datetime=None,
+        start_datetime=datetime(min(years), 1, 1, tzinfo=UTC),
+        end_datetime=datetime(max(years), 12, 31, 23, 59, 59, tzinfo=UTC),
+        properties={
+            "mlm:name": f"aeheight {facts['architecture']}",
+            "mlm:architecture": facts["architecture"],
+            "mlm:tasks": ["regression"],
+            "mlm:framework": "pytorch",
+            "mlm:framework_version": facts["torch"],
+            "mlm:total_parameters": facts["parameters"],
+            "mlm:pretrained": facts["pretrained"],
+            "mlm:hyperparameters": dict(facts["hyperparameters"]),
+            "mlm:input": [_array("AlphaEarth embedding", "input", shape)
+                          | {"bands": [], "value_scaling": None, "resize_type": None,
+                             "pre_processing_function": None}],
+            "mlm:output": [_array("height", "result", [-1, 1, -1, -1])
+                           | {"tasks": ["regression"], "classification:classes": [],
+                              "post_processing_function": None}],
+            "aeheight:surface": origin.surface,
+            "aeheight:vertical_datum": origin.vertical_datum,
+            "aeheight:checkpoint": origin.checkpoint,
+        },
+        stac_extensions=[MLM],
+        collection=origin.collection,
+    )  # fmt: skip
+    asset = pystac.Asset(
+        file.href,
+        file.title,
+        media_type="application/octet-stream; application=pytorch",
+        roles=["mlm:model"],
+        extra_fields={"mlm:artifact_type": "torch.save"},
+    )
+    item.add_asset("model", asset)
+    FileExtension.ext(asset, add_if_missing=True).apply(
+        size=file.size, checksum=multihash(file.sha256)
+    )
+    for rel in ("root", "parent", "collection"):
+        item.add_link(_link(rel, COLLECTION, origin.collection))
+    return _json(item.to_dict(include_self_link=False, transform_hrefs=False))
+
+
+def _array(name: str, key: str, shape: Sequence[int]) -> dict[str, Any]:
+    """A model's input or output: (batch, channel, height, width) float32."""
+    order = ["batch", "channel", "height", "width"]
+    return {"name": name, key: {"shape": list(shape), "dim_order": order, "data_type": "float32"}}
+
+
+def collection(
+    origin: Origin,
+    note: str | None,
+    bboxes: Sequence[Bounds],
+    years: Sequence[int],
+    items: Sequence[str],
+    pictures: Mapping[str, str],
+) -> bytes:
+    """The collection, as JSON.
+
+    Args:
+        origin: of the map.
+        note: what a reader must know first.
+        bboxes: of the groups, degrees.
+        years: of the map.
+        items: relative paths of the items.
+        pictures: relative path and title of the PNGs.
+    """
+    spans = [[datetime(min(years), 1, 1, tzinfo=UTC),
+              datetime(max(years), 12, 31, 23, 59, 59, tzinfo=UTC)]]  # fmt: skip
+    whole = _around(bboxes)
+    boxes = [list(whole), *map(list, bboxes)] if len(bboxes) > 1 else [list(whole)]
+    found = pystac.Collection(
+        id=origin.collection,
+        title=f"Heights of {origin.collection}",
+        description=(note + " " if note else "") + origin.lineage,
+        extent=pystac.Extent(pystac.SpatialExtent(boxes), pystac.TemporalExtent(spans)),
+        license="other",
+        keywords=["elevation", origin.surface, "AlphaEarth", "height"],
+        providers=[
+            pystac.Provider(
+                "Google and Google DeepMind", ATTRIBUTION, [pystac.ProviderRole.PRODUCER]
+            )
+        ],
+        stac_extensions=[PROCESSING],
+        summaries=pystac.Summaries({key: [value] for key, value in origin.properties.items()}),
+    )
+    found.add_link(_link("root", COLLECTION, origin.collection))
+    for href in items:
+        found.add_link(_link("item", href, None, "application/geo+json"))
+    for href, title in pictures.items():
+        picture = pystac.Asset(href, title, media_type=pystac.MediaType.PNG, roles=["overview"])
+        found.add_asset(href.removeprefix("./").removesuffix(".png").replace("/", "-"), picture)
+    return _json(found.to_dict(include_self_link=False, transform_hrefs=False))
+
+
+def _around(bboxes: Sequence[Bounds]) -> Bounds:
+    """One box around all; the whole turn where one of them crosses the 180th meridian."""
+    wests, souths, easts, norths = zip(*bboxes, strict=True)
+    if any(west > east for west, east in zip(wests, easts, strict=True)):
+        return -180.0, min(souths), 180.0, max(norths)
+    return min(wests), min(souths), max(easts), max(norths)
+
+
+def _link(rel: str, href: str, title: str | None, media: str = "application/json") -> pystac.Link:
+    return pystac.Link(rel, href, media_type=media, title=title)
+
+
+def _json(found: Mapping[str, Any]) -> bytes:
+    return json.dumps(found, indent=1, allow_nan=False).encode()
