@@ -40,6 +40,10 @@ _BLOCK: Final = 4
 CLASSES: Final = {
     "slope": ("Slope of the reference", "°"),
     "height": ("Reference height", "m"),
+    "predicted": ("Predicted height", "m"),
+    "aspect": ("Aspect of the reference (downhill; flat is under 2°)", ""),
+    "roughness": ("Roughness of the reference (highest less lowest of 3 × 3 pixels)", "m"),
+    "distance": ("Distance to training ground", "px"),
     "novelty": ("Novelty (distance from the training ground)", ""),
 }
 
@@ -247,7 +251,7 @@ def _classes(
     for name, rows in by.items():
         title, unit = CLASSES.get(name, (_words(name).capitalize(), ""))
         chosen = [(_interval(row, unit), row) for row in rows if row.get("split") == split]
-        if chosen:
+        if chosen and (name != "zone" or len(chosen) > 1):
             yield title, chosen
 
 
@@ -269,6 +273,8 @@ def _interval(row: Mapping[str, Any], unit: str) -> str:
         for end in (row.get("lo"), row.get("hi"))
     )
     gap = " " if unit not in ("°", "") else ""
+    if "class" in row:
+        return str(row["class"])
     if low is None:
         return f"below {high}{gap}{unit}" if high else "all"
     return f"{low} to {high}{gap}{unit}" if high else f"{low}{gap}{unit} and more"

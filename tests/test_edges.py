@@ -14,11 +14,12 @@ from pyproj import Transformer
 
 from aeheight.cube import Tree, create, open_tree, remove_tree
 from aeheight.grid import Grid
-from aeheight.metrics import Stats, merge
+from aeheight.metrics import Stats
 from aeheight.receipts import Ledger, receipt_for
 from aeheight.settings import CubeSettings
 from aeheight.steps.edges import bilinear, compare, facing, opposite
 from aeheight.store import Store
+from aeheight.sums import merge
 from aeheight.template import Layer, Template
 from aeheight.windows import tile, whole
 from tests.runs import Region as Run

@@ -12,7 +12,8 @@ import xarray as xr
 
 from aeheight.embeddings import ATTRIBUTION
 from aeheight.models import Checkpoint
-from aeheight.steps.evaluate import round_edges, slope
+from aeheight.relief import slope
+from aeheight.steps.evaluate import round_edges
 from pipelines.world import World
 from tests.runs import arrays, same_map
 
@@ -210,9 +211,13 @@ def test_metrics_json_has_the_contracts_form(small_run):
         assert all(
             v is None or (isinstance(v, int | float) and math.isfinite(v)) for v in row.values()
         )
-    assert set(metrics["by"]) == {"slope", "height", "novelty"}
-    for row in (row for rows in metrics["by"].values() for row in rows):
-        assert set(row) == METRICS | {"split", "lo", "hi"}
+    named = {"aspect", "zone"}
+    measured = {"slope", "height", "predicted", "roughness", "distance", "novelty"}
+    assert set(metrics["by"]) == named | measured
+    for name, rows in metrics["by"].items():
+        for row in rows:
+            classed = {"class"} if name in named else set()
+            assert set(row) == METRICS | {"split", "lo", "hi"} | classed
     provenance = metrics["provenance"]
     assert provenance["reference"]["surface"] == "dsm"
     assert provenance["reference"]["vertical_datum"] == "EPSG:5773"

@@ -6,19 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aeheight.counts import Counts
 from aeheight.errors import InputError
-from aeheight.metrics import (
-    BIN,
-    CELL,
-    GLOSSARY,
-    Counts,
-    Scatter,
-    Stats,
-    dump,
-    load,
-    merge,
-    merge_tables,
-)
+from aeheight.metrics import BIN, CELL, GLOSSARY, Scatter, Stats
+from aeheight.sums import dump, load, merge, merge_tables
 
 HALF = BIN / 2 + 1e-9
 EXACT = ("mean", "std", "mae", "rmse", "r2", "pearson", "min", "max", "coverage")
