@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,6 +85,37 @@ def alike(
     ends = [*starts.tolist(), chosen.size][1:]
     parts = [slice(int(start), end) for start, end in zip(starts, ends, strict=True)]
     return kept[order], list(zip(found.tolist(), parts, strict=True))
+
+
+_PAIR: Final = 2**42
+"""Second numbers that one first number can be paired with."""
+
+
+def pair(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int64]:
+    """One number for two, that `unpaired` takes apart; it sorts by the first, then the second.
+
+    Args:
+        first: (n,) from 0 to 2²⁰.
+        second: (n,); what is beyond ±2⁴¹ is taken as that.
+    """
+    limit = _PAIR // 2 - 1
+    return first * _PAIR + (_PAIR // 2 + np.clip(second, -limit, limit))
+
+
+def unpaired(pairs: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The two numbers of each `pair`."""
+    return pairs // _PAIR, pairs % _PAIR - _PAIR // 2
+
+
+def paired(first: NDArray[np.int64], second: NDArray[np.int64]) -> Counts:
+    """How often each `pair` occurs; arguments as there."""
+    if not second.size:
+        return Counts.of(second)
+    low, span = int(second.min()), int(second.max()) - int(second.min()) + 1
+    if span > 2**20:
+        return Counts.of(pair(first, second))
+    close = Counts.of(first * span + (second - low))  # mostly dense, and so not sorted
+    return Counts(pair(close.bins // span, close.bins % span + low), close.counts)
 
 
 def bin_numbers(position: NDArray[np.float64]) -> NDArray[np.int64]:

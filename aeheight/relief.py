@@ -39,6 +39,8 @@ def gradient(
     down = z[:, :-2] + 2 * z[:, 1:-1] + z[:, 2:]
     east = (across[:, 2:] - across[:, :-2]) / (8 * dx)
     north = (down[:-2] - down[2:]) / (8 * dy)
+    unknown = np.isnan(east) | np.isnan(north)
+    east[unknown] = north[unknown] = np.nan
     return east, north
 
 

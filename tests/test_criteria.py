@@ -34,6 +34,11 @@ def test_gradient_points_east_and_north():
     east, north = gradient((3.0 * cols - 4.0 * rows).astype(np.float32), 2.0, 1.0)
     np.testing.assert_allclose(east, 3.0)
     np.testing.assert_allclose(north, 2.0)
+    for row, col in np.ndindex(3, 3):
+        holed = np.zeros((3, 3), np.float32)
+        holed[row, col] = np.nan
+        east, north = gradient(holed, 1.0, 1.0)
+        assert np.isnan(east) == np.isnan(north) == ((row, col) != (1, 1))
 
 
 def test_roughness_is_the_range_of_nine():

@@ -198,8 +198,9 @@ def test_metrics_are_those_of_numpy_on_whole_arrays(small_run):
 def test_metrics_json_has_the_contracts_form(small_run):
     metrics = small_run.metrics()
     assert set(metrics) == {
-        "model", "baselines", "by", "intervals", "zones", "shift", "correlation", "provenance"
-    }  # fmt: skip
+        *("model", "baselines", "by", "intervals", "zones", "shift", "correlation", "provenance"),
+        *("skill", "regression", "confidence", "coregistration", "seams"),
+    }
     assert metrics["zones"] == []
     rows = [
         row

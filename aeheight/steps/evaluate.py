@@ -11,6 +11,7 @@ import numpy as np
 from aeheight.cluster import Outcome
 from aeheight.correlation import LAGS
 from aeheight.criteria import DISTANCES, NOVELTIES, ROUGHNESSES, SLOPES, Criterion
+from aeheight.crossings import MARGIN
 from aeheight.cube import Tree, checksum, find, open_tree
 from aeheight.errors import InputError, NotYetError
 from aeheight.intervals import Intervals
@@ -21,7 +22,7 @@ from aeheight.relief import SECTORS
 from aeheight.settings import fingerprint
 from aeheight.sources import ClassMaps
 from aeheight.steps.edges import compare, facing, opposite
-from aeheight.steps.ground import MARGIN, Ground, tells
+from aeheight.steps.ground import Ground, tells
 from aeheight.steps.parts import Part, part_key, thin
 from aeheight.steps.predict import MODEL
 from aeheight.steps.run import Made, Plan, Run, carry_out
@@ -29,6 +30,7 @@ from aeheight.steps.split import check_split, record_split, split_fingerprint
 from aeheight.steps.summary import REPORT, summarise
 from aeheight.store import Store
 from aeheight.template import Shard, Template
+from aeheight.windows import Lattice
 
 CLASSES = "classes.json"
 """The class rasters' headers, beside the sums."""
@@ -143,6 +145,8 @@ def execute(run: Run) -> Outcome:
     criteria = _criteria(run, cube, heights.template, checkpoint)
     recorded = {f"{name}_classes": one.recorded() for name, one in criteria.items()}
     recorded["correlation_lags"] = list(LAGS)
+    recorded["block"] = run.settings.evaluate.block or run.settings.split.block
+    lines = _lines(run, heights.template)
     settings = {
         "heights": heights.identity,
         "checkpoint": checkpoint.digest,
@@ -166,13 +170,15 @@ def execute(run: Run) -> Outcome:
         ledger.key,
         fingerprint(classes.to_bytes().decode()),
         tuple(criteria.items()),
+        recorded["block"],
+        tuple(lines.items()),
     )
     shards = _shards(run, cube.template, heights.template, classes, year)
     outcome = carry_out(run, "evaluate", ledger, shards, task)
     if not outcome.failed and (outcome.done or not run.report.exists("index.html")):
         summarise(
             run, cube.template, heights.template, year, shards, checkpoint,
-            criteria | {"zone": _zones(cube.template)},
+            criteria | {"zone": _zones(cube.template)}, lines,
         )  # fmt: skip
     return outcome
 
@@ -202,6 +208,16 @@ def _criteria(
         name: Criterion(names=wanted.names)
         for name, wanted in run.settings.evaluate.classes.items()
     }
+
+
+def _lines(run: Run, heights: Template) -> dict[str, int]:
+    """Pixels from one seam of the map to the next, of its windows and of its shards."""
+    made = (run.ledger("heights").settings() or {}).get("predict") or {}
+    lines = {"shards": heights.cut.shard}
+    if made.get("window") is not None and made.get("halo") is not None:
+        blend = made.get("blend") or 0
+        lines["windows"] = Lattice((1, 1), made["window"], made["halo"], blend).stride
+    return lines
 
 
 def _zones(cube: Template) -> Criterion:
@@ -261,6 +277,10 @@ class SumUp:
     classes: str
     """Fingerprint of the class rasters' headers."""
     criteria: tuple[tuple[str, Criterion], ...]
+    block: int
+    """Edge of the blocks of the bootstrap, pixels."""
+    lines: tuple[tuple[str, int], ...]
+    """Names of seams, and pixels from one to the next."""
 
     def __call__(self, shard: Shard) -> Receipt:
         """Read, sum up, store the sums, leave the receipt."""
@@ -271,7 +291,7 @@ class SumUp:
         ledger = Ledger(Store(self.ledger))
         classes = _classes(self.ledger, self.classes)
         ground = Ground.read(cube, heights, checkpoint, classes, shard)
-        part = self._part(ground, heights, shard, thin(cube.template.grid(shard.group).shape))
+        part = self._part(ground, cube.template, heights, shard)
         data = part.to_bytes()
         ledger.store.write(part_key(self.key, shard), data)
         receipt = receipt_for(
@@ -285,7 +305,7 @@ class SumUp:
         ledger.leave(receipt)
         return receipt
 
-    def _part(self, ground: Ground, heights: Tree, shard: Shard, every: int) -> Part:
+    def _part(self, ground: Ground, cube: Template, heights: Tree, shard: Shard) -> Part:
         sums: dict[str, Stats | Scatter] = dict(ground.tables())
         held: dict[str, Intervals] = dict(ground.intervals())
         for key, stats, intervals in ground.classes(dict(self.criteria)):
@@ -294,7 +314,16 @@ class SumUp:
                 held[key] = intervals
         assert shard.year is not None
         sums |= compare(heights, shard.group, shard.year, shard.region, ground.predicted)
-        return Part(sums, held, dict(ground.variograms()), ground.pictures(shard.region, every))
+        number = [grid.name for grid in cube.grids].index(shard.group)
+        return Part(
+            sums,
+            held,
+            dict(ground.variograms()),
+            ground.pictures(shard.region, thin(cube.grids[number].shape)),
+            ground.blocks(number, shard.region, self.block),
+            ground.facets(),
+            {name: ground.crossings(shard.region, every) for name, every in self.lines},
+        )
 
 
 @lru_cache(maxsize=2)

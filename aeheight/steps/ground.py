@@ -8,9 +8,12 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from aeheight.blocks import Blocks
+from aeheight.coregistration import Facets, terms
 from aeheight.correlation import Variogram
 from aeheight.counts import alike
 from aeheight.criteria import REACH, Criterion, apart
+from aeheight.crossings import MARGIN, Crossings
 from aeheight.cube import Tree
 from aeheight.grid import owned
 from aeheight.intervals import Intervals
@@ -18,7 +21,7 @@ from aeheight.metrics import Scatter, Stats
 from aeheight.models import Checkpoint
 from aeheight.relief import facing, gradient, roughness, steepness
 from aeheight.sources import ClassMaps
-from aeheight.splits import TRAIN, UNUSED, USES
+from aeheight.splits import TEST, TRAIN, UNUSED, USES
 from aeheight.template import Shard, Template
 from aeheight.windows import Region
 
@@ -29,9 +32,6 @@ PARTS = {**USES, "unused": UNUSED}
 
 CORRELATED = ("test", "all")
 """Grounds whose errors' correlation is summed up: the first that has pixels is shown."""
-
-MARGIN = 2
-"""Pixels read about a shard: one for its relief, two for the steps across its edge."""
 
 
 def tells(template: Template, name: str) -> bool:
@@ -179,6 +179,28 @@ class Ground:
         for split, judged in self.splits():
             errors = self.predicted[judged] - self.reference[judged]
             yield f"model/{split}", _held(errors, self.spread[judged])
+
+    @cached_property
+    def tests(self) -> NDArray[np.bool_]:
+        """Test pixels with a reference and a prediction."""
+        known = ~np.isnan(self.predicted) & ~np.isnan(self.reference)
+        tests: NDArray[np.bool_] = known & (self.use == TEST)
+        return tests
+
+    def blocks(self, grid: int, region: Region, edge: int) -> Blocks:
+        """Sums by block of test ground, `edge` pixels wide, of the grid of that number."""
+        errors = self.predicted - self.reference
+        sums = terms(self.gradient, errors)
+        return Blocks.of((grid, region, edge), errors, self.reference, self.tests, sums)
+
+    def facets(self) -> Facets:
+        """Errors on test ground by aspect and slope."""
+        return Facets.of(self.gradient, self.predicted - self.reference, self.tests)
+
+    def crossings(self, region: Region, every: int) -> Crossings:
+        """Steps of the errors at lines so many pixels apart."""
+        errors = np.where(self.own, self.mapped - self.around, np.float32(np.nan))
+        return Crossings.of(errors, region, every)
 
     def variograms(self) -> Iterator[tuple[str, Variogram]]:
         """How far errors go together, on the CORRELATED grounds."""

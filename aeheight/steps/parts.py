@@ -10,7 +10,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from aeheight.blocks import Blocks
+from aeheight.coregistration import Facets
 from aeheight.correlation import Variogram
+from aeheight.counts import Counts
+from aeheight.crossings import Crossings
 from aeheight.errors import InputError
 from aeheight.intervals import Intervals
 from aeheight.metrics import Scatter, Stats
@@ -22,7 +26,7 @@ from aeheight.windows import Shape
 MAP_PIXELS = 600
 """The longer edge of a map in the report is at most this."""
 
-_PICTURES, _PAIRS = "picture_", "variogram_"
+_PICTURES, _PAIRS, _BLOCKS, _LINES = "picture_", "variogram_", "blocks_", "lines_"
 """What the names of such arrays begin with."""
 
 
@@ -38,6 +42,12 @@ class Part:
     """By ground."""
     pictures: Mapping[str, NDArray[Any]]
     """By layer: every `thin`-th pixel of the whole grid that the shard holds, (rows, columns)."""
+    blocks: Blocks
+    """Of test ground, with the terms of `coregistration`."""
+    facets: Facets
+    """Of test ground."""
+    crossings: Mapping[str, Crossings]
+    """At the seams of `windows` and of `shards`, on all ground."""
 
     def to_bytes(self) -> bytes:
         """An npz; the same sums give the same bytes."""
@@ -45,6 +55,13 @@ class Part:
         arrays |= {_PICTURES + name: values for name, values in self.pictures.items()}
         for ground, pairs in self.variograms.items():
             arrays[_PAIRS + ground] = np.stack([pairs.pairs, pairs.squares])
+        arrays |= {_BLOCKS + name: values for name, values in self.blocks.arrays().items()}
+        arrays |= {_LINES + name: lines.sums for name, lines in self.crossings.items()}
+        arrays["facet_bins"], arrays["facet_counts"] = (
+            self.facets.cells.bins,
+            self.facets.cells.counts,
+        )
+        arrays["facet_gradients"] = self.facets.gradients
         if self.intervals:
             arrays["intervals"] = np.stack([part.sums for part in self.intervals.values()])
             arrays["interval_keys"] = np.array(list(self.intervals))
@@ -74,6 +91,9 @@ class Part:
                 for name, (pairs, squares) in _named(arrays, _PAIRS).items()
             },
             _named(arrays, _PICTURES),
+            Blocks.from_arrays(_named(arrays, _BLOCKS)),
+            Facets(Counts(arrays["facet_bins"], arrays["facet_counts"]), arrays["facet_gradients"]),
+            {name: Crossings(sums) for name, sums in _named(arrays, _LINES).items()},
         )
 
 

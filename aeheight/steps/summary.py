@@ -11,8 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aeheight import embeddings
+from aeheight.blocks import Gathered
+from aeheight.coregistration import Facets
 from aeheight.correlation import Variogram
 from aeheight.criteria import Criterion
+from aeheight.crossings import Crossings
 from aeheight.figures import Maps
 from aeheight.intervals import Intervals
 from aeheight.metrics import Scatter, Stats
@@ -31,10 +34,16 @@ from aeheight.steps.tables import (
     Sums,
     by_class,
     by_split,
+    chosen_blocks,
+    confidence,
+    coregistration,
     correlation,
     intervals,
     judged_heights,
     of_zone,
+    regression,
+    seams,
+    skill,
     zones,
 )
 from aeheight.sums import merge_tables
@@ -54,6 +63,7 @@ def summarise(
     shards: Sequence[Shard],
     checkpoint: Checkpoint,
     criteria: Mapping[str, Criterion],
+    lines: Mapping[str, int],
 ) -> None:
     """Merge the parts of all shards and write the report.
 
@@ -65,10 +75,12 @@ def summarise(
         shards: in the order of merging, which fixes the last bits of the moments.
         checkpoint: of the map.
         criteria: what the tables divide ground by.
+        lines: the map's seams, and pixels from one to the next.
     """
     merged = _Merged()
     sums = merge_tables(merged.take(run.ledger("report").current(), cube, shards))
     metrics = _metrics(run, cube, year, sums, merged, checkpoint, criteria)
+    metrics["seams"] = seams(merged.crossings, lines)
     text = json.dumps(metrics, indent=1, allow_nan=False)
     run.report.write("metrics.json", text.encode())
     run.report.write("metrics.csv", _csv(metrics))
@@ -83,6 +95,9 @@ class _Merged:
         self.pictures: list[tuple[Shard, Mapping[str, NDArray[Any]]]] = []
         self.variograms = dict.fromkeys(CORRELATED, Variogram.zero())
         self.intervals: dict[str, Intervals] = {}
+        self.blocks = Gathered()
+        self.facets = Facets.zero()
+        self.crossings: dict[str, Crossings] = {}
 
     def take(self, ledger: Ledger, cube: Template, shards: Sequence[Shard]) -> Iterator[Sums]:
         """Add up all parts but the sums, which are handed on one table at a time.
@@ -96,6 +111,10 @@ class _Merged:
                 self.variograms[name] += pairs
             for name, held in part.intervals.items():
                 self.intervals[name] = self.intervals.get(name, Intervals.zero()) + held
+            for name, crossed in part.crossings.items():
+                self.crossings[name] = self.crossings.get(name, Crossings.zero()) + crossed
+            self.blocks.add(part.blocks)
+            self.facets += part.facets
             self.pictures.append((shard, part.pictures))
             yield {**part.sums, **of_zone(part.sums, zones.index(shard.group))}
 
@@ -114,14 +133,21 @@ def _metrics(
     trained = heights["train"] if here and not checkpoint.provenance.also else None
     buffer = run.settings.split.buffer if here and heights["train"].n else None
     names = ["mean", "ridge"] + ["prior"] * tells(cube, "prior")
+    baselines = {name: by_split(sums, name) for name in names}
+    reach = correlation(merged.variograms, sums, cube, buffer)
+    blocks = chosen_blocks(merged.blocks.total(), run.settings, reach)
     return {
         "model": by_split(sums, "model"),
-        "baselines": {name: by_split(sums, name) for name in names},
+        "baselines": baselines,
+        "skill": skill(by_split(sums, "model"), baselines),
+        "regression": regression(sums),
         "by": by_class(sums, criteria),
         "intervals": intervals(merged.intervals, criteria),
         "zones": list(zones(cube, sums)),
         "shift": shift(heights, trained),
-        "correlation": correlation(merged.variograms, sums, cube, buffer),
+        "correlation": reach,
+        "confidence": confidence(blocks, run.settings, sums),
+        "coregistration": coregistration(blocks, merged.facets),
         "provenance": _provenance(run, cube, year, checkpoint),
     }
 
