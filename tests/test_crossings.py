@@ -10,8 +10,11 @@ from aeheight.windows import tile, whole
 
 
 def rough(seed, shape=(256, 320)):
+    """Errors that go together over a dozen pixels."""
     rng = np.random.default_rng(seed)
-    return rng.normal(size=shape).cumsum(axis=1) * 0.1 + rng.normal(size=shape)
+    noise = rng.normal(size=(shape[0] + 11, shape[1] + 11))
+    windows = np.lib.stride_tricks.sliding_window_view(noise, (12, 12))
+    return windows.mean(axis=(2, 3)) * 12 + 0.3 * rng.normal(size=shape)
 
 
 def of(errors, every, cut=None):
@@ -56,7 +59,8 @@ def test_steps_are_those_of_numpy_whatever_the_cut(seed, every, cut):
 
 def test_a_step_that_was_put_in_is_found():
     errors = rough(1)
-    errors[:, 64:128] += 3.0
+    rows, cols = np.indices(errors.shape) // 64
+    errors += 1.5 * ((rows + cols) % 2)
     found = of(errors, 64).summary()
     assert found["lo"] > 1.1
 
