@@ -32,20 +32,23 @@ CELL: Final = 1.0
 GLOSSARY: Final[dict[str, str]] = {
     "n": "Pixels that have both a reference and a prediction.",
     "coverage": "Predicted share of the pixels that have a reference: n / n_reference.",
-    "mean": "Bias: the mean of d = predicted − reference; above 0 the map is too high.",
-    "median": "Median of d: the bias that outliers cannot move.",
+    "mean": "Bias: the mean of d = predicted − reference, Σd / n; above 0 the map is too high.",
+    "median": "Median of d: the bias that outliers cannot move (Höhle & Höhle 2009).",
     "std": "Standard deviation of d about its mean: √(Σ(d − mean)² / n), ddof 0.",
     "nmad": "Normalised median absolute deviation: 1.4826 · median|d − median(d)|. It equals std "
     "for normal errors and ignores outliers (Höhle & Höhle 2009).",
-    "mae": "Mean absolute error: Σ|d| / n.",
-    "rmse": "Root mean square error: √(Σd² / n); large errors and the bias count in full.",
+    "mae": "Mean absolute error: Σ|d| / n (Willmott & Matsuura 2005).",
+    "rmse": "Root mean square error: √(Σd² / n); large errors and the bias count in full "
+    "(ASPRS 2014).",
     "r2": "Coefficient of determination: 1 − Σd² / Σ(reference − mean reference)²; 0 is as good as "
-    "the mean of this ground. It grows with the relief: never compare it between areas.",
-    "pearson": "Pearson correlation of reference and prediction; blind to bias and to scale.",
-    "le68": "Linear error 68: the 68 % quantile of |d|.",
+    "the mean of this ground. It grows with the relief: never compare it between areas "
+    "(Nash & Sutcliffe 1970).",
+    "pearson": "Pearson correlation of reference and prediction; blind to bias and to scale "
+    "(Pearson 1896).",
+    "le68": "Linear error 68: the 68 % quantile of |d| (Höhle & Höhle 2009).",
     "le90": "Linear error 90: the 90 % quantile of |d|, P90(|d|); neither 1.645 · σ "
     "nor P95 − P5, which others also call LE90.",
-    "le95": "Linear error 95: the 95 % quantile of |d|.",
+    "le95": "Linear error 95: the 95 % quantile of |d| (Höhle & Höhle 2009).",
     "p5": "The 5 % quantile of d.",
     "p95": "The 95 % quantile of d.",
     "min": "The smallest d: where the map is too low by most.",

@@ -48,6 +48,41 @@ CLASSES: Final = {
 }
 
 
+TERMS: Final = {
+    "interval": (
+        "confidence",
+        "95 % interval by a block bootstrap: the 2.5 % and 97.5 % quantiles of the metric over "
+        "draws of blocks with replacement (Künsch 1989, Lahiri 2003).",
+    ),
+    "skill": (
+        "skill",
+        "1 − MSE / MSE of a baseline, MSE = Σd² / n on the same pixels (Murphy 1988).",
+    ),
+    "slope": (
+        "regression",
+        "Of the least-squares line: Σ(r − mean r)(p − mean p) / Σ(r − mean r)² of prediction p on "
+        "reference r; of the reference on the prediction with p in the denominator.",
+    ),
+    "co-registered": (
+        "coregistration",
+        "After the shift (dx, dy, dz) that d = −dx · ∂h/∂x − dy · ∂h/∂y + dz fits best by least "
+        "squares on slopes over 3°; h is the reference (one step of Nuth & Kääb 2011).",
+    ),
+    "step ratio": (
+        "seams",
+        "Mean |step of d| across a seam / mean |step of d| one pixel to either side of it; 1 where "
+        "no seam shows (a ratio of two sums, Cochran 1977).",
+    ),
+    "slope class": (
+        "by",
+        "Slope and aspect of the reference from 3 × 3 pixels by Horn (1981); roughness is the "
+        "highest less the lowest of them (Wilson et al. 2007). Distance to training ground is the "
+        "larger of rows and columns apart.",
+    ),
+}
+"""Words beside the metrics' own: the key of metrics.json that uses each, and what it means."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
     """How the map was computed."""
@@ -134,6 +169,12 @@ def render(report: Report) -> str:
         table=list(_comparison(report)),
         classes=list(_classes(report.metrics.get("by", {}), split)),
         glossary=GLOSSARY,
+        terms=[(term, text) for term, (key, text) in TERMS.items() if report.metrics.get(key)],
+        confidence=report.metrics.get("confidence"),
+        skill=_skill(report.metrics.get("skill", {})),
+        lines=report.metrics.get("regression"),
+        shifted=report.metrics.get("coregistration"),
+        seams=report.metrics.get("seams"),
         splits=[name for name in SPLITS if name in report.metrics["model"]],
         figures=_figures(report, headline),
         novel=_novel_share(report.metrics.get("by", {}).get("novelty", ()), split),
@@ -308,6 +349,17 @@ def _buffer(correlation: Mapping[str, Any]) -> dict[str, Any] | None:
     length = correlation["length_px"]
     least = math.ceil(correlation["farthest_px"] if length is None else length)
     return {**correlation, "least": least, "block": _BLOCK * least}
+
+
+def _skill(
+    skill: Mapping[str, Mapping[str, float | None]],
+) -> list[tuple[str, dict[str, float | None]]]:
+    """For each baseline, the strongest kind first: its name, and the skill on each split."""
+    names = [name for name in NAMES if any(name in row for row in skill.values())]
+    return [
+        (NAMES[name], {split: row.get(name) for split, row in skill.items()})
+        for name in sorted(names, key=["prior", "ridge", "mean"].index)
+    ]
 
 
 def _zones(
