@@ -46,7 +46,7 @@ class Blocks:
         errors: NDArray[np.floating],
         reference: NDArray[np.floating],
         judged: NDArray[np.bool_],
-        terms: Sequence[NDArray[np.floating]] = (),
+        terms: Sequence[NDArray[np.float64]] = (),
     ) -> "Blocks":
         """Sum up one piece of ground.
 
@@ -55,7 +55,7 @@ class Blocks:
             errors: (rows, columns) d, metres.
             reference: (rows, columns) metres.
             judged: (rows, columns) pixels that count: errors and reference are finite there.
-            terms: of each (rows, columns), finite where pixels count.
+            terms: of each (n,), finite, of the pixels that count, row by row.
         """
         number, region, edge = place
         rows, cols = np.nonzero(judged)
@@ -72,7 +72,7 @@ class Blocks:
         first = float(r[0]) if r.size else 0.0
         mean = first + total(r - first) / np.maximum(n, 1)
         moments = np.stack([n, total(d), total(d * d), mean, total((r - mean[block]) ** 2)], axis=1)
-        sums = [total(term[judged].astype(np.float64)) for term in terms]
+        sums = [total(term) for term in terms]
         return cls(
             keys.astype(np.int64),
             moments,

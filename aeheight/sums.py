@@ -3,7 +3,7 @@
 import json
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any, Final
 
 import numpy as np
@@ -13,7 +13,7 @@ from aeheight.errors import InputError
 from aeheight.metrics import Scatter, Stats
 
 FORMAT: Final = "aeheight-sums"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 
 Table = Mapping[str, Stats | Scatter]
 """Named sums of one piece of ground, such as "model/test"."""
@@ -48,10 +48,10 @@ def merge_tables(tables: Iterable[Table]) -> dict[str, Stats | Scatter]:
 
 def dump(table: Table) -> bytes:
     """Named sums as compact bytes; the same sums give the same bytes, in any order of names."""
-    sums = {name: {"kind": type(part).__name__} | asdict(part) for name, part in table.items()}
+    sums = {name: _plain(part) for name, part in table.items()}
     document = {"format": FORMAT, "version": FORMAT_VERSION, "sums": sums}
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"), default=np.ndarray.tolist)
-    return zlib.compress(text.encode(), 6)
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return zlib.compress(text.encode(), 1)
 
 
 def load(data: bytes) -> dict[str, Stats | Scatter]:
@@ -86,9 +86,20 @@ def _add_tables(first: Table, second: Table) -> Table:
     return total
 
 
+def _plain(part: Stats | Scatter) -> dict[str, Any]:
+    """Sums as JSON can hold them; bins as steps from the last, which are short and much alike."""
+    values = {field.name: getattr(part, field.name) for field in fields(part)}
+    for name, value in values.items():
+        if isinstance(value, Counts):
+            steps = np.diff(value.bins, prepend=0).tolist()
+            values[name] = {"steps": steps, "counts": value.counts.tolist()}
+    return {"kind": type(part).__name__} | values
+
+
 def _restored(entry: dict[str, Any]) -> Stats | Scatter:
     """The sums behind one entry of a dumped document."""
     kind = entry.pop("kind")
     key = {"Stats": "histogram", "Scatter": "cells"}[kind]
-    entry[key] = Counts(*(np.array(entry[key][part], np.int64) for part in ("bins", "counts")))
+    steps, counts = (np.array(entry[key][part], np.int64) for part in ("steps", "counts"))
+    entry[key] = Counts(np.cumsum(steps), counts)
     return Stats(**entry) if kind == "Stats" else Scatter(**entry)

@@ -27,7 +27,9 @@ def summed(errors, reference, judged, cut=None, edge=8, order=None):
     for k in order or range(len(pieces)):
         piece = pieces[k % len(pieces)]
         at = piece.slices
-        part = Blocks.of((0, piece, edge), errors[at], reference[at], judged[at], [errors[at] ** 3])
+        part = Blocks.of(
+            (0, piece, edge), errors[at], reference[at], judged[at], [errors[at][judged[at]] ** 3]
+        )
         gathered.add(part)
     return gathered.total()
 
@@ -79,7 +81,7 @@ def test_of_too_many_blocks_whole_ones_are_joined(monkeypatch, cut):
     found = summed(*world(3), cut=cut, edge=4)
     if cut is None:  # one piece is not cut smaller than it came
         found = found + Blocks.of((0, Region(0, 0, 1, 1), 4), *[np.zeros((1, 1))] * 2,
-                                  np.zeros((1, 1), bool), [np.zeros((1, 1))])  # fmt: skip
+                                  np.zeros((1, 1), bool), [np.zeros(0)])  # fmt: skip
     monkeypatch.undo()
     assert found.scale == 4
     same(found, summed(*world(3), edge=4).joined(4))

@@ -38,7 +38,8 @@ def summed(predicted, reference, judged, cut=None, edge=20):
         rise, there = gradient(around, PIXEL, PIXEL), judged[piece.slices]
         known = there & ~np.isnan(errors)
         inner = around[1:-1, 1:-1]
-        gathered.add(Blocks.of((0, piece, edge), errors, inner, known, terms(rise, errors)))
+        counted = terms((rise[0][known], rise[1][known]), errors[known])
+        gathered.add(Blocks.of((0, piece, edge), errors, inner, known, counted))
         facets += Facets.of(rise, errors, known)
     return gathered.total(), facets
 

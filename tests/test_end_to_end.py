@@ -227,6 +227,43 @@ def test_metrics_json_has_the_contracts_form(small_run):
     assert provenance["settings"]["name"] == "small"
 
 
+def test_skill_and_lines_are_those_of_numpy(small_run):
+    cube, metrics = arrays(small_run.cube), small_run.metrics()
+    predicted = arrays(small_run.heights)["height"][0].astype(np.float64)
+    judged = ~np.isnan(predicted) & ~np.isnan(cube["height"]) & (cube["split"] == 3)
+    p, r = predicted[judged], cube["height"][judged].astype(np.float64)
+    slope, start = np.polyfit(r, p, 1)
+    found = metrics["regression"]["test"]
+    assert found["slope"] == pytest.approx(slope, rel=1e-6)
+    assert found["intercept_m"] == pytest.approx(start, abs=1e-4)
+    assert found["slope_of_reference"] == pytest.approx(np.polyfit(p, r, 1)[0], rel=1e-6)
+    prior = cube["prior"][judged]
+    skill = 1 - np.mean((p - r) ** 2) / np.mean((prior - r) ** 2)
+    assert metrics["skill"]["test"]["prior"] == pytest.approx(skill, rel=1e-6)
+
+
+def test_confidence_shift_and_seams_are_told(small_run):
+    metrics = small_run.metrics()
+    sure = metrics["confidence"]
+    assert sure["block_px"] % 16 == 0
+    assert sure["draws"] == 1000
+    for name, row in sure["metrics"].items():
+        assert row["value"] == metrics["model"]["test"][name]
+        assert row["lo"] < row["hi"]
+        assert row["lo"] <= row["value"] + 0.2 * (row["hi"] - row["lo"])
+    shift = metrics["coregistration"]
+    assert shift["refused"] is None
+    assert shift["coregistered"]["rmse"] <= shift["raw"]["rmse"] + 1e-9
+    # Shards of the map are 64 px, as its windows' cores are: lines at 64, 128, 192.
+    for row in metrics["seams"].values():
+        assert row["every_px"] == 64
+        assert row["pairs"] > 0.9 * 2 * 3 * 256
+        assert row["lo"] < 1.1
+    page = (small_run.store / "report" / "index.html").read_text()
+    for words in ("How sure these figures are", "What the map adds", "Do seams show?"):
+        assert words in page
+
+
 def test_rows_by_height_are_those_of_numpy(small_run):
     cube = arrays(small_run.cube)
     reference, use = cube["height"], cube["split"]

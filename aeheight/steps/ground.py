@@ -190,7 +190,8 @@ class Ground:
     def blocks(self, grid: int, region: Region, edge: int) -> Blocks:
         """Sums by block of test ground, `edge` pixels wide, of the grid of that number."""
         errors = self.predicted - self.reference
-        sums = terms(self.gradient, errors)
+        east, north = (rise[self.tests] for rise in self.gradient)
+        sums = terms((east, north), errors[self.tests])
         return Blocks.of((grid, region, edge), errors, self.reference, self.tests, sums)
 
     def facets(self) -> Facets:
