@@ -174,6 +174,7 @@ def render(report: Report) -> str:
         skill=_skill(report.metrics.get("skill", {})),
         lines=report.metrics.get("regression"),
         shifted=report.metrics.get("coregistration"),
+        still=_still(report.metrics.get("coregistration", {})),
         seams=report.metrics.get("seams"),
         splits=[name for name in SPLITS if name in report.metrics["model"]],
         figures=_figures(report, headline),
@@ -349,6 +350,14 @@ def _buffer(correlation: Mapping[str, Any]) -> dict[str, Any] | None:
     length = correlation["length_px"]
     least = math.ceil(correlation["farthest_px"] if length is None else length)
     return {**correlation, "least": least, "block": _BLOCK * least}
+
+
+def _still(shift: Mapping[str, Any]) -> bool:
+    """Whether every part of a shift lies within its 95 % limits of none."""
+    parts = [(shift.get(f"{name}_m"), shift.get(f"{name}_se_m")) for name in ("dx", "dy", "dz")]
+    return all(
+        size is not None and error is not None and abs(size) < 1.96 * error for size, error in parts
+    )
 
 
 def _skill(

@@ -157,6 +157,7 @@ def test_the_report_by_land_cover_whatever_the_cut(
             ]
             same_metrics(other, {k: v for k, v in row.items() if k not in ("split", "lo", "hi",
                                                                              "class")})  # fmt: skip
+    assert metrics["provenance"]["classes"] == {"land": [str(path)]}
     page = (cut.store / "report" / "index.html").read_text()
     assert "forest" in page
     # Another raster at the same place makes the sums again.

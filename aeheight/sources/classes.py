@@ -26,7 +26,7 @@ MISSING = -1
 _SQUARE = 256
 """Pixels of the grid that are looked up at once,"""
 
-_MOST = 16_000_000
+_MOST = 4_000_000
 """unless they lie on more pixels of the raster than this: then a quarter of them."""
 
 _DIGITS = 6

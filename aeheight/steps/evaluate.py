@@ -23,7 +23,7 @@ from aeheight.settings import fingerprint
 from aeheight.sources import ClassMaps
 from aeheight.steps.edges import compare, facing, opposite
 from aeheight.steps.ground import Ground, tells
-from aeheight.steps.parts import Part, part_key, thin
+from aeheight.steps.parts import CLASSES, Part, part_key, thin
 from aeheight.steps.predict import MODEL
 from aeheight.steps.run import Made, Plan, Run, carry_out
 from aeheight.steps.split import check_split, record_split, split_fingerprint
@@ -31,9 +31,6 @@ from aeheight.steps.summary import REPORT, summarise
 from aeheight.store import Store
 from aeheight.template import Shard, Template
 from aeheight.windows import Lattice
-
-CLASSES = "classes.json"
-"""The class rasters' headers, beside the sums."""
 
 
 def plan(run: Run) -> Plan:

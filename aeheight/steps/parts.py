@@ -23,6 +23,9 @@ from aeheight.sums import dump, load
 from aeheight.template import Shard
 from aeheight.windows import Shape
 
+CLASSES = "classes.json"
+"""The class rasters' headers, beside the receipts."""
+
 MAP_PIXELS = 600
 """The longer edge of a map in the report is at most this."""
 

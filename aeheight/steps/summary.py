@@ -24,11 +24,11 @@ from aeheight.receipts import Ledger, versions
 from aeheight.report import Prediction, Report, judged_split, render
 from aeheight.seams import SHARE
 from aeheight.shift import shift
-from aeheight.sources import Sources
+from aeheight.sources import ClassMaps, Sources
 from aeheight.steps.estimate import sessions
 from aeheight.steps.ground import CORRELATED, tells
 from aeheight.steps.ingest import SOURCES
-from aeheight.steps.parts import read_part, thin
+from aeheight.steps.parts import CLASSES, read_part, thin
 from aeheight.steps.run import Run
 from aeheight.steps.tables import (
     Sums,
@@ -154,6 +154,7 @@ def _metrics(
 
 def _provenance(run: Run, cube: Template, year: int, checkpoint: Checkpoint) -> dict[str, Any]:
     files = Sources.from_bytes(run.ledger("cube").store.read(SOURCES)).files
+    classes = ClassMaps.from_bytes(run.ledger("report").store.read(CLASSES)).files
     settings = run.settings
     assert settings.height is not None
 
@@ -165,6 +166,7 @@ def _provenance(run: Run, cube: Template, year: int, checkpoint: Checkpoint) -> 
         "prior": settings.prior
         and settings.prior.model_dump(mode="json")
         | {"epoch": settings.prior.epoch or "unknown", "files": files["prior"]},
+        "classes": classes,
         "embeddings": {
             "version": embeddings.VERSION,
             "attribution": embeddings.ATTRIBUTION,
