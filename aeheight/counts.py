@@ -1,6 +1,7 @@
 """Sparse histograms over integer bins: no range to choose, and they add exactly."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -107,12 +108,21 @@ def unpaired(pairs: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.in
     return pairs // _PAIR, pairs % _PAIR - _PAIR // 2
 
 
-def paired(first: NDArray[np.int64], second: NDArray[np.int64]) -> Counts:
-    """How often each `pair` occurs; arguments as there."""
-    if not second.size:
-        return Counts.of(second)
-    low, span = int(second.min()), int(second.max()) - int(second.min()) + 1
-    if span > 2**20:
+def paired(
+    first: NDArray[np.int64],
+    second: NDArray[np.int64],
+    pair: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]] = pair,
+) -> Counts:
+    """How often each pair of numbers occurs.
+
+    Args:
+        first: (n,).
+        second: (n,).
+        pair: makes one number of two, which sorts by the first, then the second.
+    """
+    low = int(second.min(initial=0))
+    span = int(second.max(initial=0)) - low + 1
+    if span > 2**20 or np.abs(first).max(initial=0) > 2**40:
         return Counts.of(pair(first, second))
     close = Counts.of(first * span + (second - low))  # mostly dense, and so not sorted
     return Counts(pair(close.bins // span, close.bins % span + low), close.counts)

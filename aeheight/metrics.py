@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from aeheight.counts import Counts, bin_numbers, frame
+from aeheight.counts import Counts, bin_numbers, frame, paired
 from aeheight.errors import InputError
 
 Summary = dict[str, int | float | None]
@@ -264,7 +264,7 @@ class Scatter:
         limit = 2.0**30  # keeps a cell within its 32 bits, a million kilometres from zero
         columns = bin_numbers(np.clip(p / CELL, -limit, limit))
         rows = bin_numbers(np.clip(r / CELL, -limit, limit))
-        return cls(Counts.of((rows << 32) + columns))
+        return cls(paired(rows, columns, lambda rows, columns: (rows << 32) + columns))
 
     def __add__(self, other: "Scatter") -> "Scatter":
         return Scatter(self.cells + other.cells)

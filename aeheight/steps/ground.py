@@ -136,18 +136,15 @@ class Ground:
 
     def tables(self) -> Iterator[tuple[str, Stats | Scatter]]:
         """Sums of the model, its baselines and the scatter on each split and on all ground."""
+        predictors = {"model": self.predicted, **self.baselines}
         for split, judged in self.splits():
-            for name, values in {"model": self.predicted, **self.baselines}.items():
-                yield f"{name}/{split}", self._stats(values, judged)
-            yield (
-                f"scatter/{split}",
-                Scatter.of(
-                    self.predicted,
-                    self.reference,
-                    reference_valid=judged,
-                    predicted_valid=~np.isnan(self.predicted),
-                ),
-            )
+            reference = self.reference[judged]
+            for name, values in predictors.items():
+                found = values[judged]
+                known = ~np.isnan(found)
+                yield f"{name}/{split}", Stats.of(found, reference, predicted_valid=known)
+                if name == "model":
+                    yield f"scatter/{split}", Scatter.of(found, reference, predicted_valid=known)
 
     def classes(
         self, criteria: Mapping[str, Criterion]
@@ -229,11 +226,6 @@ class Ground:
         for split, use in USES.items():
             yield split, known & (self.use == use)
         yield "all", known
-
-    def _stats(self, values: NDArray[np.float32], judged: NDArray[np.bool_]) -> Stats:
-        return Stats.of(
-            values, self.reference, reference_valid=judged, predicted_valid=~np.isnan(values)
-        )
 
 
 def inner(values: NDArray[_Kind]) -> NDArray[_Kind]:
