@@ -24,12 +24,13 @@ from torch import Tensor
 from aeheight.batches import Batch, Epoch, Ground, in_batches
 from aeheight.errors import InputError
 from aeheight.journal import Journal, Last, Record
-from aeheight.metrics import Stats, merge
+from aeheight.metrics import Stats
 from aeheight.models import HeightModel
 from aeheight.recipe import Average, Recipe
 from aeheight.settings import ModelSettings
 from aeheight.splits import TRAIN, VALIDATION
 from aeheight.store import Store
+from aeheight.sums import merge
 from aeheight.windows import STRIDE
 
 _LAST_LEARNING_RATE: Final = 0.01

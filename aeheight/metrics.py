@@ -11,16 +11,14 @@ Sources:
     statistical methods, doi:10.1016/j.isprsjprs.2009.02.003.
 """
 
-import json
 import math
-import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from aeheight.counts import Counts, bin_numbers, frame, paired
 from aeheight.errors import InputError
 
 Summary = dict[str, int | float | None]
@@ -31,88 +29,32 @@ BIN: Final = 0.01
 CELL: Final = 1.0
 """Side of a cell of the scatter, metres; cell (i, j) starts at (i * CELL, j * CELL)."""
 
-FORMAT: Final = "aeheight-sums"
-FORMAT_VERSION: Final = 1
-
 GLOSSARY: Final[dict[str, str]] = {
     "n": "Pixels that have both a reference and a prediction.",
     "coverage": "Predicted share of the pixels that have a reference: n / n_reference.",
-    "mean": "Bias: the mean of d = predicted − reference; above 0 the map is too high.",
-    "median": "Median of d: the bias that outliers cannot move.",
+    "mean": "Bias: the mean of d = predicted − reference, Σd / n; above 0 the map is too high.",
+    "median": "Median of d: the bias that outliers cannot move (Höhle & Höhle 2009).",
     "std": "Standard deviation of d about its mean: √(Σ(d − mean)² / n), ddof 0.",
     "nmad": "Normalised median absolute deviation: 1.4826 · median|d − median(d)|. It equals std "
     "for normal errors and ignores outliers (Höhle & Höhle 2009).",
-    "mae": "Mean absolute error: Σ|d| / n.",
-    "rmse": "Root mean square error: √(Σd² / n); large errors and the bias count in full.",
+    "mae": "Mean absolute error: Σ|d| / n (Willmott & Matsuura 2005).",
+    "rmse": "Root mean square error: √(Σd² / n); large errors and the bias count in full "
+    "(ASPRS 2014).",
     "r2": "Coefficient of determination: 1 − Σd² / Σ(reference − mean reference)²; 0 is as good as "
-    "the mean of this ground. It grows with the relief: never compare it between areas.",
-    "pearson": "Pearson correlation of reference and prediction; blind to bias and to scale.",
-    "le68": "Linear error 68: the 68 % quantile of |d|.",
+    "the mean of this ground. It grows with the relief: never compare it between areas "
+    "(Nash & Sutcliffe 1970).",
+    "pearson": "Pearson correlation of reference and prediction; blind to bias and to scale "
+    "(Pearson 1896).",
+    "le68": "Linear error 68: the 68 % quantile of |d| (Höhle & Höhle 2009).",
     "le90": "Linear error 90: the 90 % quantile of |d|, P90(|d|); neither 1.645 · σ "
     "nor P95 − P5, which others also call LE90.",
-    "le95": "Linear error 95: the 95 % quantile of |d|.",
+    "le95": "Linear error 95: the 95 % quantile of |d| (Höhle & Höhle 2009).",
     "p5": "The 5 % quantile of d.",
     "p95": "The 95 % quantile of d.",
     "min": "The smallest d: where the map is too low by most.",
     "max": "The largest d: where the map is too high by most.",
 }
 """What each metric of a summary means, in the order in which a summary lists them."""
-
-
-@dataclass(frozen=True, eq=False)
-class Counts:
-    """A sparse histogram over integer bins: no range to choose, and it adds exactly."""
-
-    bins: NDArray[np.int64]
-    """(k,) bins that hold something, ascending."""
-
-    counts: NDArray[np.int64]
-    """(k,) how many fell in each, all above 0."""
-
-    @classmethod
-    def of(cls, bins: NDArray[np.int64]) -> "Counts":
-        """Count bin numbers of any shape, (n,) int64."""
-        if bins.size and int(bins.max()) - int(bins.min()) <= 4 * bins.size + 100_000:
-            low = bins.min()
-            dense = np.bincount(bins - low).astype(np.int64)  # ten times faster than sorting
-            filled = np.flatnonzero(dense)
-            return cls(filled + low, dense[filled])
-        found, counts = np.unique(bins, return_counts=True)
-        return cls(found.astype(np.int64), counts.astype(np.int64))
-
-    @classmethod
-    def summed(cls, bins: NDArray[np.int64], counts: NDArray[np.int64]) -> "Counts":
-        """Add up the counts (n,) of equal bins (n,), given in any order."""
-        order = np.argsort(bins, kind="stable")
-        bins, counts = bins[order], counts[order]
-        starts = np.flatnonzero(np.diff(bins, prepend=bins[:1] - 1))
-        return cls(bins[starts], np.add.reduceat(counts, starts) if bins.size else counts)
-
-    def __add__(self, other: "Counts") -> "Counts":
-        return Counts.summed(
-            np.concatenate([self.bins, other.bins]), np.concatenate([self.counts, other.counts])
-        )
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Counts):
-            return NotImplemented
-        return np.array_equal(self.bins, other.bins) and np.array_equal(self.counts, other.counts)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def quantile(self, q: float) -> float:
-        """Quantile q of all bin numbers by numpy's 'linear' definition; at least one is needed."""
-        last = np.cumsum(self.counts)
-        n = int(last[-1])
-        position = q * (n - 1)
-        below = math.floor(position)
-        i, j = np.searchsorted(last, [below, min(below + 1, n - 1)], side="right")
-        first, second = int(self.bins[i]), int(self.bins[j])
-        return first + (second - first) * (position - below)
-
-    def folded(self, middle: float) -> "Counts":
-        """Twice the distance of each bin from ``middle``, a multiple of one half."""
-        return Counts.summed(np.abs(2 * self.bins - round(2 * middle)), self.counts)
 
 
 @dataclass(frozen=True)
@@ -210,7 +152,7 @@ class Stats:
             sum_absolute=float(np.sum(np.abs(d))),
             minimum=float(d.min()),
             maximum=float(d.max()),
-            histogram=Counts.of(_bin_numbers(d / BIN + 0.5)),
+            histogram=Counts.of(bin_numbers(d / BIN + 0.5)),
         )
 
     def __add__(self, other: "Stats") -> "Stats":
@@ -288,7 +230,7 @@ class Stats:
 
         Bins are joined evenly; of each tail, at most the share ``trim`` is left out.
         """
-        start, factor, size = _frame([self.histogram], max_bins, trim)
+        start, factor, size = frame([self.histogram], max_bins, trim)
         place = (self.histogram.bins - start) // factor
         inside = (place >= 0) & (place < size)
         dense = np.zeros(size, np.int64)
@@ -320,9 +262,9 @@ class Scatter:
         """Count the pixels that have both; arguments and errors as in :meth:`Stats.of`."""
         _, p, r = _pairs(predicted, reference, reference_valid, predicted_valid)
         limit = 2.0**30  # keeps a cell within its 32 bits, a million kilometres from zero
-        columns = _bin_numbers(np.clip(p / CELL, -limit, limit))
-        rows = _bin_numbers(np.clip(r / CELL, -limit, limit))
-        return cls(Counts.of((rows << 32) + columns))
+        columns = bin_numbers(np.clip(p / CELL, -limit, limit))
+        rows = bin_numbers(np.clip(r / CELL, -limit, limit))
+        return cls(paired(rows, columns, lambda rows, columns: (rows << 32) + columns))
 
     def __add__(self, other: "Scatter") -> "Scatter":
         return Scatter(self.cells + other.cells)
@@ -345,73 +287,12 @@ class Scatter:
         columns = self.cells.bins - (rows << 32)
         counts = self.cells.counts
         axes = [Counts.summed(axis, counts) for axis in (rows, columns)]
-        start, factor, size = _frame(axes, max_bins, trim)
+        start, factor, size = frame(axes, max_bins, trim)
         i, j = (rows - start) // factor, (columns - start) // factor
         inside = (i >= 0) & (i < size) & (j >= 0) & (j < size)
         table = np.zeros((size, size), np.int64)
         np.add.at(table, (i[inside], j[inside]), counts[inside])
         return (start + np.arange(size + 1.0) * factor) * CELL, table
-
-
-Table = Mapping[str, Stats | Scatter]
-"""Named sums of one piece of ground, such as "model/test"."""
-
-
-def merge(parts: Iterable[Stats]) -> Stats:
-    """Sum of all parts, as :func:`merge_tables` adds them; none gives ``Stats.zero()``."""
-    total = merge_tables({"": part} for part in parts).get("", Stats.zero())
-    assert isinstance(total, Stats)
-    return total
-
-
-def merge_tables(tables: Iterable[Table]) -> dict[str, Stats | Scatter]:
-    """Sum of all tables, name by name; a name that a table lacks counts as zero.
-
-    Tables are added in pairs, as a balanced tree: rounding and work grow with the logarithm of
-    their number, and no more than that many are held. Their order decides the last bits of the
-    moments: sort them for equal bytes.
-    """
-    held: list[tuple[int, Table]] = []
-    for table in tables:
-        level, total = 0, table
-        while held and held[-1][0] == level:
-            total = _add_tables(held.pop()[1], total)
-            level += 1
-        held.append((level, total))
-    whole: Table = {}
-    for _, part in reversed(held):
-        whole = _add_tables(part, whole)
-    return dict(whole)
-
-
-def dump(table: Table) -> bytes:
-    """Named sums as compact bytes; the same sums give the same bytes, in any order of names."""
-    sums = {name: {"kind": type(part).__name__} | asdict(part) for name, part in table.items()}
-    document = {"format": FORMAT, "version": FORMAT_VERSION, "sums": sums}
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"), default=np.ndarray.tolist)
-    return zlib.compress(text.encode(), 6)
-
-
-def load(data: bytes) -> dict[str, Stats | Scatter]:
-    """Read what :func:`dump` wrote, bit for bit.
-
-    Raises:
-        InputError: the bytes are damaged, something else, or of another format version.
-    """
-    try:
-        document = json.loads(zlib.decompress(data))
-        found = document["format"], document["version"]
-        if found == (FORMAT, FORMAT_VERSION):
-            return {name: _restored(entry) for name, entry in document["sums"].items()}
-    except (zlib.error, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"stored sums cannot be read ({len(data)} bytes: {error}); "
-            "evaluate again with --overwrite"
-        ) from error
-    raise InputError(
-        f"stored sums have format {found[0]!r} version {found[1]!r}, and this aeheight reads "
-        f"{FORMAT!r} version {FORMAT_VERSION}; evaluate again with --overwrite"
-    )
 
 
 def _pairs(
@@ -455,38 +336,3 @@ def _centred(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
     shifted = values - values[0]
     mean = shifted.mean()
     return float(values[0] + mean), shifted - mean
-
-
-def _bin_numbers(position: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Floor as int64; what is beyond ±2⁵³ bins shares the outermost ones."""
-    return np.floor(np.clip(position, -(2.0**53), 2.0**53)).astype(np.int64)
-
-
-def _frame(axes: list[Counts], max_bins: int, trim: float) -> tuple[int, int, int]:
-    """(first bin, factor, size) of at most max_bins groups of factor bins, for all axes.
-
-    They hold all but the share ``trim`` of each tail of each axis.
-    """
-    axes = [axis for axis in axes if axis.bins.size]
-    low = math.floor(min((axis.quantile(trim) for axis in axes), default=0))
-    high = math.ceil(max((axis.quantile(1 - trim) for axis in axes), default=0))
-    factor = -(-(high - low + 1) // max_bins)
-    return low, factor, -(-(high - low + 1) // factor)
-
-
-def _add_tables(first: Table, second: Table) -> Table:
-    total = dict(first)
-    for name, part in second.items():
-        held = total.get(name)
-        if held is not None and type(held) is not type(part):
-            raise InputError(f"{name!r} is Stats in one table and Scatter in another; name it anew")
-        total[name] = part if held is None else held + part  # type: ignore[operator]
-    return total
-
-
-def _restored(entry: dict[str, Any]) -> Stats | Scatter:
-    """The sums behind one entry of a dumped document."""
-    kind = entry.pop("kind")
-    key = {"Stats": "histogram", "Scatter": "cells"}[kind]
-    entry[key] = Counts(*(np.array(entry[key][part], np.int64) for part in ("bins", "counts")))
-    return Stats(**entry) if kind == "Stats" else Scatter(**entry)

@@ -14,6 +14,7 @@ import jinja2
 from aeheight.figures import Histogram, Maps, draw, format_metric
 from aeheight.metrics import GLOSSARY, Summary
 from aeheight.seams import Seams
+from aeheight.terms import TERMS
 
 SPLITS: Final = ("test", "validation", "train", "all")
 ATTRIBUTION: Final = (
@@ -40,6 +41,10 @@ _BLOCK: Final = 4
 CLASSES: Final = {
     "slope": ("Slope of the reference", "°"),
     "height": ("Reference height", "m"),
+    "predicted": ("Predicted height", "m"),
+    "aspect": ("Aspect of the reference (downhill; flat is under 2°)", ""),
+    "roughness": ("Roughness of the reference (highest less lowest of 3 × 3 pixels)", "m"),
+    "distance": ("Distance to training ground", "px"),
     "novelty": ("Novelty (distance from the training ground)", ""),
 }
 
@@ -130,6 +135,13 @@ def render(report: Report) -> str:
         table=list(_comparison(report)),
         classes=list(_classes(report.metrics.get("by", {}), split)),
         glossary=GLOSSARY,
+        terms=[(term, text) for term, (key, text) in TERMS.items() if report.metrics.get(key)],
+        confidence=report.metrics.get("confidence"),
+        skill=_skill(report.metrics.get("skill", {})),
+        lines=report.metrics.get("regression"),
+        shifted=report.metrics.get("coregistration"),
+        still=_still(report.metrics.get("coregistration", {})),
+        seams=report.metrics.get("seams"),
         splits=[name for name in SPLITS if name in report.metrics["model"]],
         figures=_figures(report, headline),
         novel=_novel_share(report.metrics.get("by", {}).get("novelty", ()), split),
@@ -248,7 +260,7 @@ def _classes(
     for name, rows in by.items():
         title, unit = CLASSES.get(name, (_words(name).capitalize(), ""))
         chosen = [(_interval(row, unit), row) for row in rows if row.get("split") == split]
-        if chosen:
+        if chosen and (name != "zone" or len(chosen) > 1):
             yield title, chosen
 
 
@@ -270,6 +282,8 @@ def _interval(row: Mapping[str, Any], unit: str) -> str:
         for end in (row.get("lo"), row.get("hi"))
     )
     gap = " " if unit not in ("°", "") else ""
+    if "class" in row:
+        return str(row["class"])
     if low is None:
         return f"below {high}{gap}{unit}" if high else "all"
     return f"{low} to {high}{gap}{unit}" if high else f"{low}{gap}{unit} and more"
@@ -303,6 +317,25 @@ def _buffer(correlation: Mapping[str, Any]) -> dict[str, Any] | None:
     length = correlation["length_px"]
     least = math.ceil(correlation["farthest_px"] if length is None else length)
     return {**correlation, "least": least, "block": _BLOCK * least}
+
+
+def _still(shift: Mapping[str, Any]) -> bool:
+    """Whether every part of a shift lies within its 95 % limits of none."""
+    parts = [(shift.get(f"{name}_m"), shift.get(f"{name}_se_m")) for name in ("dx", "dy", "dz")]
+    return all(
+        size is not None and error is not None and abs(size) < 1.96 * error for size, error in parts
+    )
+
+
+def _skill(
+    skill: Mapping[str, Mapping[str, float | None]],
+) -> list[tuple[str, dict[str, float | None]]]:
+    """For each baseline, the strongest kind first: its name, and the skill on each split."""
+    names = [name for name in NAMES if any(name in row for row in skill.values())]
+    return [
+        (NAMES[name], {split: row.get(name) for split, row in skill.items()})
+        for name in sorted(names, key=["prior", "ridge", "mean"].index)
+    ]
 
 
 def _zones(

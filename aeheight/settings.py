@@ -216,6 +216,45 @@ class ExportSettings(_Settings):
         return self
 
 
+class ClassSettings(_Settings):
+    """A raster of classes, such as land cover, that the report is divided by."""
+
+    href: Hrefs
+    """File, list, glob, folder or URI of rasters of whole numbers."""
+    nodata: int | None = None
+    """The missing-value of files that do not declare one."""
+    names: dict[int, str] = {}
+    """What to call each value; others are `class 7`."""
+    access: AccessSettings = AccessSettings()
+
+
+CRITERIA = (
+    *("slope", "roughness", "aspect", "height", "predicted", "novelty", "distance", "zone"),
+    *("model", "scatter", "zones", "cell"),
+)
+"""Names that class rasters cannot have: the report's own."""
+
+
+class EvaluateSettings(_Settings):
+    """How the map is judged."""
+
+    classes: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], ClassSettings] = {}
+    """Class rasters by name: the report has a table by each."""
+    block: Positive | None = None
+    """Edge in pixels of the blocks of ground that confidence intervals are drawn from; None:
+    `split.block`, or as many of those as errors go together over."""
+    draws: Annotated[int, Field(ge=100)] = 1000
+    """Draws of the bootstrap."""
+    seed: Natural = 0
+    """Of the draws."""
+
+    @model_validator(mode="after")
+    def _own_names(self) -> "EvaluateSettings":
+        if taken := sorted(set(self.classes) & set(CRITERIA)):
+            raise ValueError(f"classes: {taken[0]!r} is one of the report's own tables; rename it")
+        return self
+
+
 class RegionSettings(_Settings):
     """One run: one region file."""
 
@@ -237,6 +276,7 @@ class RegionSettings(_Settings):
     model: ModelSettings = ModelSettings()
     predict: PredictSettings = PredictSettings()
     export: ExportSettings = ExportSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
 
     _folder: Path = PrivateAttr(default=Path())
 
@@ -344,6 +384,8 @@ def _is_variant(part: int | str) -> bool:
 def _keys_at(location: Sequence[int | str]) -> list[str]:
     model: type[BaseModel] = RegionSettings
     for part in location:
+        if str(part) not in model.model_fields:  # a name that the user gave
+            continue
         annotation = model.model_fields[str(part)].annotation
         choices = [annotation, *getattr(annotation, "__args__", ())]
         model = next(c for c in choices if isinstance(c, type) and issubclass(c, BaseModel))

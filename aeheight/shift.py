@@ -18,7 +18,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from aeheight.metrics import CELL, Counts, Scatter
+from aeheight.counts import Counts
+from aeheight.metrics import CELL, Scatter
 
 BINS: Final = 50
 """Most bins of the overlap: with more, samples of one distribution seem to differ by chance."""

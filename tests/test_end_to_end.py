@@ -12,7 +12,8 @@ import xarray as xr
 
 from aeheight.embeddings import ATTRIBUTION
 from aeheight.models import Checkpoint
-from aeheight.steps.evaluate import round_edges, slope
+from aeheight.relief import slope
+from aeheight.steps.evaluate import round_edges
 from pipelines.world import World
 from tests.runs import arrays, same_map
 
@@ -197,8 +198,9 @@ def test_metrics_are_those_of_numpy_on_whole_arrays(small_run):
 def test_metrics_json_has_the_contracts_form(small_run):
     metrics = small_run.metrics()
     assert set(metrics) == {
-        "model", "baselines", "by", "intervals", "zones", "shift", "correlation", "provenance"
-    }  # fmt: skip
+        *("model", "baselines", "by", "intervals", "zones", "shift", "correlation", "provenance"),
+        *("skill", "regression", "confidence", "coregistration", "seams"),
+    }
     assert metrics["zones"] == []
     rows = [
         row
@@ -210,15 +212,56 @@ def test_metrics_json_has_the_contracts_form(small_run):
         assert all(
             v is None or (isinstance(v, int | float) and math.isfinite(v)) for v in row.values()
         )
-    assert set(metrics["by"]) == {"slope", "height", "novelty"}
-    for row in (row for rows in metrics["by"].values() for row in rows):
-        assert set(row) == METRICS | {"split", "lo", "hi"}
+    named = {"aspect", "zone"}
+    measured = {"slope", "height", "predicted", "roughness", "distance", "novelty"}
+    assert set(metrics["by"]) == named | measured
+    for name, rows in metrics["by"].items():
+        for row in rows:
+            classed = {"class"} if name in named else set()
+            assert set(row) == METRICS | {"split", "lo", "hi"} | classed
     provenance = metrics["provenance"]
     assert provenance["reference"]["surface"] == "dsm"
     assert provenance["reference"]["vertical_datum"] == "EPSG:5773"
     assert provenance["model"]["seed"] == 0
     assert len(provenance["embeddings"]["files"]) == 4
     assert provenance["settings"]["name"] == "small"
+
+
+def test_skill_and_lines_are_those_of_numpy(small_run):
+    cube, metrics = arrays(small_run.cube), small_run.metrics()
+    predicted = arrays(small_run.heights)["height"][0].astype(np.float64)
+    judged = ~np.isnan(predicted) & ~np.isnan(cube["height"]) & (cube["split"] == 3)
+    p, r = predicted[judged], cube["height"][judged].astype(np.float64)
+    slope, start = np.polyfit(r, p, 1)
+    found = metrics["regression"]["test"]
+    assert found["slope"] == pytest.approx(slope, rel=1e-6)
+    assert found["intercept_m"] == pytest.approx(start, abs=1e-4)
+    assert found["slope_of_reference"] == pytest.approx(np.polyfit(p, r, 1)[0], rel=1e-6)
+    prior = cube["prior"][judged]
+    skill = 1 - np.mean((p - r) ** 2) / np.mean((prior - r) ** 2)
+    assert metrics["skill"]["test"]["prior"] == pytest.approx(skill, rel=1e-6)
+
+
+def test_confidence_shift_and_seams_are_told(small_run):
+    metrics = small_run.metrics()
+    sure = metrics["confidence"]
+    assert sure["block_px"] % 16 == 0
+    assert sure["draws"] == 1000
+    for name, row in sure["metrics"].items():
+        assert row["value"] == metrics["model"]["test"][name]
+        assert row["lo"] < row["hi"]
+        assert row["lo"] <= row["value"] + 0.2 * (row["hi"] - row["lo"])
+    shift = metrics["coregistration"]
+    assert shift["refused"] is None
+    assert shift["coregistered"]["rmse"] <= shift["raw"]["rmse"] + 1e-9
+    # Shards of the map are 64 px, as its windows' cores are: lines at 64, 128, 192.
+    for row in metrics["seams"].values():
+        assert row["every_px"] == 64
+        assert row["pairs"] > 0.9 * 2 * 3 * 256
+        assert row["lo"] < 1.1
+    page = (small_run.store / "report" / "index.html").read_text()
+    for words in ("How sure these figures are", "What the map adds", "Do seams show?"):
+        assert words in page
 
 
 def test_rows_by_height_are_those_of_numpy(small_run):

@@ -14,7 +14,7 @@ from rio_cogeo.cogeo import cog_validate
 
 from aeheight.export import About, Moments, overview, sha256, write_cog
 from aeheight.grid import Grid
-from aeheight.relief import hillshade
+from aeheight.hillshade import hillshade
 from aeheight.settings import ExportSettings
 from aeheight.sources.datum import compound
 from aeheight.store import Store

@@ -148,7 +148,7 @@ def test_what_the_model_corrects(load, overrides, base):
         ("model: {learning-rate: 1}", "model.learning-rate: unknown key; did you mean 'learning_r"),
         ("grid: {crs: a, resolution: 1, bound: [0, 0, 1, 1]}", "grid.bound: unknown key; did you"),
         ("prior: {year: 3}", "prior.year: unknown key; known: access, asset, collection, convert"),
-        ("zzz: 1", "zzz: unknown key; known: also, aoi, cube, embeddings, export, grid, height"),
+        ("zzz: 1", "zzz: unknown key; known: also, aoi, cube, embeddings, evaluate, export, grid"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(load, text, message):

@@ -20,6 +20,7 @@ from aeheight.errors import InputError
 from aeheight.grid import Grid, reproject_bounds, transformer
 from aeheight.settings import RegionSettings, fingerprint
 from aeheight.sources.areas import read_aoi
+from aeheight.sources.classes import ClassSource, read_classes, scan_classes
 from aeheight.sources.datum import DatumShift, plan_shift
 from aeheight.sources.exports import scan_exports
 from aeheight.sources.heights import HeightSource, Raster, place, read_heights, scan_heights
@@ -32,6 +33,8 @@ from aeheight.template import Shard
 from aeheight.windows import Region, Runs, whole
 
 __all__ = [
+    "ClassMaps",
+    "ClassSource",
     "EmbeddingSource",
     "EmbeddingTile",
     "Ground",
@@ -307,6 +310,57 @@ class Reader:
         rasters = source.rasters if source else ()
         shift = source.shift if source else None
         return _Finder(rasters, [place(raster, ground.grid) for raster in rasters], shift)
+
+
+class ClassMaps:
+    """What evaluation asks of class rasters: what a shard sees of them, and their pixels."""
+
+    def __init__(self, sources: Mapping[str, ClassSource]) -> None:
+        self._sources = sources
+        self._finders: dict[tuple[str, Grid], _Finder] = {}
+
+    @classmethod
+    def scan(cls, settings: RegionSettings, grids: Sequence[Grid]) -> "ClassMaps":
+        """The class rasters of a region file, from headers alone; errors as `scan_classes`."""
+        wanted = settings.evaluate.classes
+        return cls({name: scan_classes(settings, name, wanted[name], grids) for name in wanted})
+
+    def to_bytes(self) -> bytes:
+        """JSON."""
+        return _CLASSES.dump_json(dict(self._sources), indent=1)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "ClassMaps":
+        """The maps of `to_bytes`."""
+        return cls(_CLASSES.validate_json(data))
+
+    @property
+    def files(self) -> dict[str, list[str]]:
+        """Hrefs by name."""
+        return {name: [r.href for r in source.rasters] for name, source in self._sources.items()}
+
+    def inputs(self, grid: Grid, shard: Shard) -> list[str]:
+        """Fingerprints of the headers of all files that touch a shard of a grid."""
+        return [digest for name in self._sources for digest in self._of(name, grid).digests(shard)]
+
+    def read(self, grid: Grid, region: Region) -> dict[str, NDArray[np.int64]]:
+        """Classes (rows, columns) of a region by name, -1 where there is none.
+
+        Raises:
+            OSError: a file breaks off.
+            InputError: a file is not what its header said.
+        """
+        return {name: read_classes(source, grid, region) for name, source in self._sources.items()}
+
+    def _of(self, name: str, grid: Grid) -> _Finder:
+        if (name, grid) not in self._finders:
+            rasters = self._sources[name].rasters
+            places = [place(raster, grid) for raster in rasters]
+            self._finders[name, grid] = _Finder(rasters, places)
+        return self._finders[name, grid]
+
+
+_CLASSES: TypeAdapter[dict[str, ClassSource]] = TypeAdapter(dict[str, ClassSource])
 
 
 def _bytes_per_pixel(file: EmbeddingTile | Raster, grid: Grid) -> float:

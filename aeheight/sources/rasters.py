@@ -103,10 +103,11 @@ def read_header(
             raise InputError(f"{key}: {href}: {problem}")
         declared = dataset.nodata if dataset.nodata is not None else wanted.nodata
         nodata = None if declared is None or np.isnan(declared) else float(declared)
-        return _as_raster(href, dataset, nodata)
+        return as_raster(href, dataset, nodata)
 
 
-def _as_raster(href: str, dataset: Any, nodata: float | None) -> Raster:
+def as_raster(href: str, dataset: Any, nodata: float | None) -> Raster:
+    """An open dataset as its header has it."""
     dx, _, left, _, dy, top = (float(number) for number in dataset.transform[:6])
     crs = horizontal(dataset.crs.to_wkt())
     return Raster(href, crs, (dx, 0.0, left, 0.0, dy, top), dataset.shape, nodata)
@@ -247,7 +248,7 @@ class Readers:
             dataset = self._stack.enter_context(opened(raster.href, self._access))
             problem = header_problem(dataset)
             # An item may say something else than its file; a file may have been replaced.
-            if problem := problem or place_problem(_as_raster("", dataset, None), raster):
+            if problem := problem or place_problem(as_raster("", dataset, None), raster):
                 raise InputError(f"{raster.href}: {problem}")
             self._open[raster.href] = dataset
         return self._open[raster.href]

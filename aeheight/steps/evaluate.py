@@ -1,50 +1,36 @@
 """Evaluate: the sums of every shard, one a task; merged once, they make the report."""
 
-import io
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from aeheight.cluster import Outcome
-from aeheight.correlation import LAGS, Variogram
+from aeheight.correlation import LAGS
+from aeheight.criteria import DISTANCES, NOVELTIES, ROUGHNESSES, SLOPES, Criterion
+from aeheight.crossings import MARGIN
 from aeheight.cube import Tree, checksum, find, open_tree
 from aeheight.errors import InputError, NotYetError
-from aeheight.grid import Grid, owned
 from aeheight.intervals import Intervals
-from aeheight.metrics import Scatter, Stats, dump
+from aeheight.metrics import Scatter, Stats
 from aeheight.models import Checkpoint, Provenance
 from aeheight.receipts import Ledger, Receipt, receipt_for
+from aeheight.relief import SECTORS
 from aeheight.settings import fingerprint
-from aeheight.splits import USES
+from aeheight.sources import ClassMaps
 from aeheight.steps.edges import compare, facing, opposite
+from aeheight.steps.ground import Ground, tells
+from aeheight.steps.parts import CLASSES, Part, part_key, thin
 from aeheight.steps.predict import MODEL
 from aeheight.steps.run import Made, Plan, Run, carry_out
 from aeheight.steps.split import check_split, record_split, split_fingerprint
-from aeheight.steps.summary import (
-    CORRELATED,
-    INTERVAL_KEYS,
-    INTERVALS,
-    REPORT,
-    part_key,
-    summarise,
-    thin,
-    variogram_key,
-)
+from aeheight.steps.summary import REPORT, summarise
 from aeheight.store import Store
 from aeheight.template import Shard, Template
-from aeheight.windows import Region
-
-SLOPES = (0.0, 2.0, 5.0, 10.0, 20.0, 30.0, 45.0, 90.0)
-"""Class edges of the slope, degrees."""
-
-NOVELTIES = (0.0, 0.5, 1.0, 2.0, np.inf)
-"""Class edges of the novelty; 1 is where 99 % of the validation ground lies below."""
+from aeheight.windows import Lattice
 
 
 def plan(run: Run) -> Plan:
@@ -60,9 +46,10 @@ def plan(run: Run) -> Plan:
     made = Checkpoint.from_bytes(maps.read(MODEL)) if maps.exists(MODEL) else None
     cube, year = tree.template, _judged_year(tree.template, made)
     heights = open_tree(run.heights).template if find(run.heights) else cube
-    shards = _shards(run, cube, heights, year)
+    maps_of_classes = ClassMaps.scan(run.settings, cube.grids)
+    shards = _shards(run, cube, heights, maps_of_classes, year)
     floats = sum(layer.dtype == "float32" for layer in cube.layers)
-    floats += sum(_tells(heights, name) for name in ("novelty", "spread"))
+    floats += sum(tells(heights, name) for name in ("novelty", "spread"))
     per_pixel = 64 + 4 * floats + 5
     return Plan(
         "evaluate",
@@ -88,11 +75,9 @@ def _judged_year(cube: Template, checkpoint: Checkpoint | None) -> int:
     return (trained or cube.years)[0]
 
 
-def _tells(heights: Template, name: str) -> bool:
-    return any(layer.name == name for layer in heights.layers)
-
-
-def _shards(run: Run, cube: Template, heights: Template, year: int) -> list[Shard]:
+def _shards(
+    run: Run, cube: Template, heights: Template, classes: ClassMaps, year: int
+) -> list[Shard]:
     """One a shard of the cube's heights, in the year that is judged.
 
     Each with the shards of cube and map that it is summed from; the map may be cut otherwise.
@@ -109,9 +94,10 @@ def _shards(run: Run, cube: Template, heights: Template, year: int) -> list[Shar
             year,
             shard.region,
             fingerprint(
-                below.inputs(shard.group, read, shard.region.expand(1))
-                + above.inputs(shard.group, {"height": year}, shard.region)
+                below.inputs(shard.group, read, shard.region.expand(MARGIN))
+                + above.inputs(shard.group, {"height": year}, shard.region.expand(MARGIN))
                 + _across(above, cube, shard, year)
+                + classes.inputs(cube.grid(shard.group), shard)
             ),
         )
         for shard in cube.shards("height")
@@ -145,14 +131,14 @@ def execute(run: Run) -> Outcome:
         for name in REPORT:
             run.report.remove(name)
     split = record_split(run)
-    edges = _height_edges(run, cube.template)
     heights = open_tree(run.heights)
     year = _judged_year(cube.template, checkpoint)
-    classes = {"slope": SLOPES, "height": edges}
-    if _tells(heights.template, "novelty"):
-        classes["novelty"] = NOVELTIES
-    recorded = {f"{name}_classes": _finite(ends) for name, ends in classes.items()}
+    classes = ClassMaps.scan(run.settings, cube.template.grids)
+    criteria = _criteria(run, cube, heights.template, checkpoint)
+    recorded = {f"{name}_classes": one.recorded() for name, one in criteria.items()}
     recorded["correlation_lags"] = list(LAGS)
+    recorded["block"] = run.settings.evaluate.block or run.settings.split.block
+    lines = _lines(run, heights.template)
     settings = {
         "heights": heights.identity,
         "checkpoint": checkpoint.digest,
@@ -162,9 +148,10 @@ def execute(run: Run) -> Outcome:
         **recorded,
     }
     found = ledger.settings()
-    if found is not None and found | recorded == settings != found:
-        ledger.discard()  # later heights have moved the classes: the sums are made again
+    if found is not None and _judged(found) == _judged(settings) and found != settings:
+        ledger.discard()  # other classes, such as those of later heights: sums are made again
     ledger = ledger.begin(settings)
+    ledger.store.write(CLASSES, classes.to_bytes())
     task = SumUp(
         cube.store.uri,
         heights.store.uri,
@@ -173,12 +160,18 @@ def execute(run: Run) -> Outcome:
         run.ledger("heights").store.uri,
         ledger.store.uri,
         ledger.key,
-        edges,
+        fingerprint(classes.to_bytes().decode()),
+        tuple(criteria.items()),
+        recorded["block"],
+        tuple(lines.items()),
     )
-    shards = _shards(run, cube.template, heights.template, year)
+    shards = _shards(run, cube.template, heights.template, classes, year)
     outcome = carry_out(run, "evaluate", ledger, shards, task)
     if not outcome.failed and (outcome.done or not run.report.exists("index.html")):
-        summarise(run, cube.template, heights.template, year, shards, checkpoint, classes)
+        summarise(
+            run, cube.template, heights.template, year, shards, checkpoint,
+            criteria | {"zone": _zones(cube.template)}, lines,
+        )  # fmt: skip
     return outcome
 
 
@@ -193,9 +186,45 @@ def _refuse_other_split(run: Run, cube: Tree, trained: Provenance) -> None:
         )
 
 
-def _finite(edges: tuple[float, ...]) -> list[float]:
-    """JSON has no infinity: a class without an end is known by its beginning."""
-    return [edge for edge in edges if np.isfinite(edge)]
+def _judged(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the settings says which map is judged on what, whatever the tables."""
+    return {name: settings.get(name) for name in ("heights", "checkpoint", "cube", "split", "year")}
+
+
+def _criteria(
+    run: Run, cube: Tree, heights: Template, checkpoint: Checkpoint
+) -> dict[str, Criterion]:
+    """What shards divide their ground by."""
+    edges = _height_edges(run, cube.template)
+    criteria = {
+        "slope": Criterion(SLOPES),
+        "height": Criterion(edges),
+        "predicted": Criterion((-np.inf, *edges, np.inf)),
+        "aspect": Criterion(names=dict(enumerate(SECTORS))),
+        "roughness": Criterion(ROUGHNESSES),
+    }
+    if checkpoint.provenance.cube == cube.identity:  # else its training ground is elsewhere
+        criteria["distance"] = Criterion(DISTANCES)
+    if tells(heights, "novelty"):
+        criteria["novelty"] = Criterion(NOVELTIES)
+    return criteria | {
+        name: Criterion(names=wanted.names)
+        for name, wanted in run.settings.evaluate.classes.items()
+    }
+
+
+def _lines(run: Run, heights: Template) -> dict[str, int]:
+    """Pixels from one seam of the map to the next, of its windows and of its shards."""
+    made = (run.ledger("heights").settings() or {}).get("predict") or {}
+    lines = {"shards": heights.cut.shard}
+    if made.get("window") is not None and made.get("halo") is not None:
+        blend = made.get("blend") or 0
+        lines["windows"] = Lattice((1, 1), made["window"], made["halo"], blend).stride
+    return lines
+
+
+def _zones(cube: Template) -> Criterion:
+    return Criterion(names={k: grid.name for k, grid in enumerate(cube.grids)})
 
 
 def _whole_map(run: Run, cube: Tree) -> Checkpoint:
@@ -248,7 +277,13 @@ class SumUp:
     heights_ledger: str
     ledger: str
     key: str
-    height_edges: tuple[float, ...]
+    classes: str
+    """Fingerprint of the class rasters' headers."""
+    criteria: tuple[tuple[str, Criterion], ...]
+    block: int
+    """Edge of the blocks of the bootstrap, pixels."""
+    lines: tuple[tuple[str, int], ...]
+    """Names of seams, and pixels from one to the next."""
 
     def __call__(self, shard: Shard) -> Receipt:
         """Read, sum up, store the sums, leave the receipt."""
@@ -256,22 +291,11 @@ class SumUp:
         cube, heights, checkpoint = _opened(
             self.cube, self.heights, self.identity, self.version, self.heights_ledger
         )
-        grid = cube.template.grid(shard.group)
-        ground = _Ground.read(cube, heights, checkpoint, shard)
-        sums: dict[str, Stats | Scatter] = dict(ground.tables())
-        criteria = {
-            "slope": (ground.slope, SLOPES),
-            "height": (ground.reference, self.height_edges),
-        }
-        if ground.novelty is not None:
-            criteria["novelty"] = (ground.novelty, NOVELTIES)
-        for name, (values, edges) in criteria.items():
-            sums |= ground.classes(name, values, edges)
-        assert shard.year is not None
-        sums |= compare(heights, shard.group, shard.year, shard.region, ground.predicted)
-        held = dict(ground.intervals(criteria))
-        data = _pack(sums, held, ground, thin(grid.shape), shard.region)
         ledger = Ledger(Store(self.ledger))
+        classes = _classes(self.ledger, self.classes)
+        ground = Ground.read(cube, heights, checkpoint, classes, shard)
+        part = self._part(ground, cube.template, heights, shard)
+        data = part.to_bytes()
         ledger.store.write(part_key(self.key, shard), data)
         receipt = receipt_for(
             shard,
@@ -284,6 +308,26 @@ class SumUp:
         ledger.leave(receipt)
         return receipt
 
+    def _part(self, ground: Ground, cube: Template, heights: Tree, shard: Shard) -> Part:
+        sums: dict[str, Stats | Scatter] = dict(ground.tables())
+        held: dict[str, Intervals] = dict(ground.intervals())
+        for key, stats, intervals in ground.classes(dict(self.criteria)):
+            sums[key] = stats
+            if intervals is not None:
+                held[key] = intervals
+        assert shard.year is not None
+        sums |= compare(heights, shard.group, shard.year, shard.region, ground.predicted)
+        number = [grid.name for grid in cube.grids].index(shard.group)
+        return Part(
+            sums,
+            held,
+            dict(ground.variograms()),
+            ground.pictures(shard.region, thin(cube.grids[number].shape)),
+            ground.blocks(number, shard.region, self.block),
+            ground.facets(),
+            {name: ground.crossings(shard.region, every) for name, every in self.lines},
+        )
+
 
 @lru_cache(maxsize=2)
 def _opened(
@@ -293,155 +337,6 @@ def _opened(
     return open_tree(Store(cube)), open_tree(Store(heights)), checkpoint
 
 
-@dataclass(frozen=True, slots=True)
-class _Ground:
-    """One shard: all (rows, columns)."""
-
-    reference: NDArray[np.float32]
-    predicted: NDArray[np.float32]
-    use: NDArray[np.uint8]
-    slope: NDArray[np.float32]
-    baselines: dict[str, NDArray[np.float32]]
-    novelty: NDArray[np.float32] | None
-    """None: the map does not tell."""
-    spread: NDArray[np.float32] | None
-    """Likewise."""
-
-    @classmethod
-    def read(cls, cube: Tree, heights: Tree, checkpoint: Checkpoint, shard: Shard) -> "_Ground":
-        group, region, year = shard.group, shard.region, shard.year
-        around = cube.read(group, "height", None, region.expand(1))
-        codes = cube.read(group, "embedding", year, region)
-        # Ground that two zones hold is judged in the one that it lies in.
-        own = owned(cube.template.grids, cube.template.grid(group), region)
-        reference = np.where(own, around[1:-1, 1:-1], np.float32(np.nan))
-        ridge = checkpoint.ridge.predict(codes)
-        baselines = {"mean": np.full_like(ridge, checkpoint.ridge.mean), "ridge": ridge}
-        if any(layer.name == "prior" for layer in cube.template.layers):
-            baselines["prior"] = cube.read(group, "prior", None, region)
-        predicted = heights.read(group, "height", year, region)
-        for values in baselines.values():  # judged on the model's ground, to be comparable
-            values[np.isnan(predicted)] = np.nan
-        return cls(
-            reference,
-            predicted,
-            cube.read(group, "split", None, region),
-            slope(around, *_pixel(cube.template.grid(group), region)),
-            baselines,
-            *(
-                heights.read(group, name, year, region) if _tells(heights.template, name) else None
-                for name in ("novelty", "spread")
-            ),
-        )
-
-    def tables(self) -> Iterator[tuple[str, Stats | Scatter]]:
-        for split, judged in self._splits():
-            for name, values in {"model": self.predicted, **self.baselines}.items():
-                yield f"{name}/{split}", self._stats(values, judged)
-            yield (
-                f"scatter/{split}",
-                Scatter.of(
-                    self.predicted,
-                    self.reference,
-                    reference_valid=judged,
-                    predicted_valid=~np.isnan(self.predicted),
-                ),
-            )
-
-    def classes(
-        self, name: str, values: NDArray[np.float32], edges: tuple[float, ...]
-    ) -> Iterator[tuple[str, Stats]]:
-        for key, chosen in self._classed(name, values, edges):
-            yield key, self._stats(self.predicted, chosen)
-
-    def intervals(
-        self, criteria: Mapping[str, tuple[NDArray[np.float32], tuple[float, ...]]]
-    ) -> Iterator[tuple[str, Intervals]]:
-        """By the keys of the model's `Stats`, of splits and of each criterion's classes."""
-        if self.spread is None:
-            return
-        errors = self.predicted - self.reference
-        splits = ((f"model/{split}", judged) for split, judged in self._splits())
-        classes = (self._classed(name, *ends) for name, ends in criteria.items())
-        for key, judged in chain(splits, *classes):
-            known = judged & ~np.isnan(self.spread)
-            yield key, Intervals.of(errors[known], self.spread[known])
-
-    def _classed(
-        self, name: str, values: NDArray[np.float32], edges: tuple[float, ...]
-    ) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-        place = np.digitize(values, edges) - 1
-        place[np.isnan(values)] = -1
-        for split, judged in self._splits():
-            for k in range(len(edges) - 1):
-                chosen = judged & (place == k)
-                if chosen.any():
-                    yield f"{name}/{split}/{k}", chosen
-
-    def variograms(self) -> Iterator[tuple[str, Variogram]]:
-        errors, predicted = self.predicted - self.reference, ~np.isnan(self.predicted)
-        for split, judged in self._splits():
-            if split in CORRELATED:
-                yield split, Variogram.of(errors, judged & predicted)
-
-    def _splits(self) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-        known = ~np.isnan(self.reference)
-        for split, use in USES.items():
-            yield split, known & (self.use == use)
-        yield "all", known
-
-    def _stats(self, values: NDArray[np.float32], judged: NDArray[np.bool_]) -> Stats:
-        return Stats.of(
-            values, self.reference, reference_valid=judged, predicted_valid=~np.isnan(values)
-        )
-
-
-def _pixel(grid: Grid, region: Region) -> tuple[float, float]:
-    return grid.part(region).pixel_metres()
-
-
-def slope(height: NDArray[np.float32], dy: float, dx: float) -> NDArray[np.float32]:
-    """Slope in degrees by Horn's 3 x 3 weighted differences, NaN where a neighbour is missing.
-
-    Horn (1981), Hill shading and the reflectance map, doi:10.1109/PROC.1981.11918.
-
-    Args:
-        height: (rows + 2, columns + 2) metres, one pixel wider on every side than the result.
-        dy: height of a pixel in metres.
-        dx: width of a pixel in metres.
-    """
-    z = height.astype(np.float64)
-    across = z[:-2] + 2 * z[1:-1] + z[2:]
-    down = z[:, :-2] + 2 * z[:, 1:-1] + z[:, 2:]
-    east = (across[:, 2:] - across[:, :-2]) / (8 * dx)
-    south = (down[2:] - down[:-2]) / (8 * dy)
-    return np.degrees(np.arctan(np.hypot(east, south))).astype(np.float32)
-
-
-def _pack(
-    sums: dict[str, Stats | Scatter],
-    held: dict[str, Intervals],
-    ground: _Ground,
-    every: int,
-    region: Region,
-) -> bytes:
-    """Sums and thinned maps as npz; the pixels taken are multiples of `every` on the whole grid."""
-    rows = slice(-region.row % every, None, every)
-    cols = slice(-region.col % every, None, every)
-    arrays: dict[str, NDArray[Any]] = {
-        "sums": np.frombuffer(dump(sums), dtype=np.uint8),
-        "reference": ground.reference[rows, cols],
-        "predicted": ground.predicted[rows, cols],
-        "use": ground.use[rows, cols],
-    }
-    for split, sums_of_pairs in ground.variograms():
-        arrays[variogram_key(split)] = np.stack([sums_of_pairs.pairs, sums_of_pairs.squares])
-    for name, values in (("novelty", ground.novelty), ("spread", ground.spread)):
-        if values is not None:
-            arrays[name] = values[rows, cols]
-    if held:
-        arrays[INTERVALS] = np.stack([part.sums for part in held.values()])
-        arrays[INTERVAL_KEYS] = np.array(list(held))
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    return buffer.getvalue()
+@lru_cache(maxsize=2)
+def _classes(ledger: str, _digest: str) -> ClassMaps:
+    return ClassMaps.from_bytes(Store(ledger).read(CLASSES))

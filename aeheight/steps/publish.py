@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from aeheight.catalogue import COLLECTION, MODEL, File, collection, model_item
 from aeheight.cube import Tree
 from aeheight.grid import reproject_bounds
+from aeheight.hillshade import coloured_png, shaded_png
 from aeheight.models import Checkpoint
 from aeheight.receipts import Ledger
-from aeheight.relief import coloured_png, shaded_png
 from aeheight.steps.export import FOLDER, Export, key_of, mosaic_name, picture_cut, picture_key
 from aeheight.steps.predict import MODEL as CHECKPOINT
 from aeheight.steps.run import Run

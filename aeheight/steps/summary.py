@@ -3,52 +3,56 @@
 import csv
 import io
 import json
-import math
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import permutations
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aeheight import embeddings
+from aeheight.blocks import Gathered
+from aeheight.coregistration import Facets
 from aeheight.correlation import Variogram
-from aeheight.errors import InputError
+from aeheight.criteria import Criterion
+from aeheight.crossings import Crossings
 from aeheight.figures import Maps
 from aeheight.intervals import Intervals
-from aeheight.metrics import Scatter, Stats, load, merge_tables
+from aeheight.metrics import Scatter, Stats
 from aeheight.models import Checkpoint
 from aeheight.receipts import Ledger, versions
 from aeheight.report import Prediction, Report, judged_split, render
 from aeheight.seams import SHARE
-from aeheight.shift import Heights, shift
-from aeheight.sources import Sources
-from aeheight.splits import USES
-from aeheight.steps.edges import pair_key
+from aeheight.shift import shift
+from aeheight.sources import ClassMaps, Sources
 from aeheight.steps.estimate import sessions
+from aeheight.steps.ground import CORRELATED, tells
 from aeheight.steps.ingest import SOURCES
+from aeheight.steps.parts import CLASSES, read_part, thin
 from aeheight.steps.run import Run
+from aeheight.steps.tables import (
+    Sums,
+    by_class,
+    by_split,
+    chosen_blocks,
+    confidence,
+    coregistration,
+    correlation,
+    intervals,
+    judged_heights,
+    of_zone,
+    regression,
+    seams,
+    skill,
+    zones,
+)
+from aeheight.sums import merge_tables
 from aeheight.template import Shard, Template
-from aeheight.windows import Lattice, Region, Shape
+from aeheight.windows import Lattice, Region
 
-SPLITS = (*USES, "all")
-CORRELATED = ("test", "all")
-"""Grounds whose errors' correlation is summed up: the first that has pixels is shown."""
-INTERVALS, INTERVAL_KEYS = "intervals", "interval_keys"
-"""The names of a shard's sums of intervals, and of what each is of, among its arrays."""
 REPORT = ("index.html", "metrics.json", "metrics.csv")
 """What `summarise` writes under `report`."""
-MAP_PIXELS = 600
-"""The longer edge of a map in the report is at most this."""
 _ARCHITECTURES = {"ridge": "Ridge", "unet": "U-Net", "unetplusplus": "U-Net++"}
-
-_OF_A_REFERENCE = ("coverage", "r2", "pearson")
-"""Metrics that say nothing of two predictions."""
-
-Sums = Mapping[str, Stats | Scatter]
 
 
 def summarise(
@@ -58,7 +62,8 @@ def summarise(
     year: int,
     shards: Sequence[Shard],
     checkpoint: Checkpoint,
-    classes: Mapping[str, tuple[float, ...]],
+    criteria: Mapping[str, Criterion],
+    lines: Mapping[str, int],
 ) -> None:
     """Merge the parts of all shards and write the report.
 
@@ -69,75 +74,49 @@ def summarise(
         year: that is judged.
         shards: in the order of merging, which fixes the last bits of the moments.
         checkpoint: of the map.
-        classes: the edges of the classes of each criterion.
+        criteria: what the tables divide ground by.
+        lines: the map's seams, and pixels from one to the next.
     """
-    ledger = run.ledger("report").current()
-    pictures: list[tuple[Shard, dict[str, NDArray[Any]]]] = []
-    variograms = dict.fromkeys(CORRELATED, Variogram.zero())
-    held: dict[str, Intervals] = {}
-
-    def tables() -> Iterator[Sums]:  # one at a time: each has its histograms
-        for shard in sorted(shards, key=lambda shard: shard.name):
-            arrays = _read_part(ledger, shard)
-            yield load(arrays.pop("sums").tobytes())
-            for split in CORRELATED:
-                pairs, squares = arrays.pop(variogram_key(split))
-                variograms[split] += Variogram(pairs.astype(np.int64), squares)
-            parts = zip(arrays.pop(INTERVAL_KEYS, ()), arrays.pop(INTERVALS, ()), strict=True)
-            for name, part in parts:
-                held[str(name)] = held.get(str(name), Intervals.zero()) + Intervals(part)
-            pictures.append((shard, arrays))
-
-    sums = merge_tables(tables())
-    metrics = _metrics(run, cube, year, sums, held, variograms, checkpoint, classes)
+    merged = _Merged()
+    sums = merge_tables(merged.take(run.ledger("report").current(), cube, shards))
+    metrics = _metrics(run, cube, year, sums, merged, checkpoint, criteria)
+    metrics["seams"] = seams(merged.crossings, lines)
     text = json.dumps(metrics, indent=1, allow_nan=False)
     run.report.write("metrics.json", text.encode())
     run.report.write("metrics.csv", _csv(metrics))
-    page = render(_report(run, cube, heights, sums, checkpoint, metrics, pictures))
+    page = render(_report(run, cube, heights, sums, checkpoint, metrics, merged.pictures))
     run.report.write("index.html", page.encode())
 
 
-def part_key(key: str, shard: Shard) -> str:
-    """Where the sums of a shard lie, beside its receipt; `key` is the ledger's."""
-    return f"{key}/{shard.name}.npz"
+class _Merged:
+    """What the parts of all shards come to, besides the sums."""
 
+    def __init__(self) -> None:
+        self.pictures: list[tuple[Shard, Mapping[str, NDArray[Any]]]] = []
+        self.variograms = dict.fromkeys(CORRELATED, Variogram.zero())
+        self.intervals: dict[str, Intervals] = {}
+        self.blocks = Gathered()
+        self.facets = Facets.zero()
+        self.crossings: dict[str, Crossings] = {}
 
-def variogram_key(split: str) -> str:
-    """The name of a shard's pairs of errors among its arrays."""
-    return f"variogram_{split}"
+    def take(self, ledger: Ledger, cube: Template, shards: Sequence[Shard]) -> Iterator[Sums]:
+        """Add up all parts but the sums, which are handed on one table at a time.
 
-
-def _heights(sums: Sums) -> dict[str, Heights]:
-    """The reference heights of each split, where there are predictions."""
-    heights = {}
-    for split in USES:
-        scatter = sums[f"scatter/{split}"]
-        assert isinstance(scatter, Scatter)
-        heights[split] = Heights.judged(scatter)
-    return heights
-
-
-def _correlation(
-    variograms: Mapping[str, Variogram], sums: Sums, cube: Template, buffer: int | None
-) -> dict[str, Any]:
-    """How far errors go together on test ground, or on all of it where none tests."""
-    ground = next((s for s in CORRELATED if variograms[s].pairs.any()), CORRELATED[-1])
-    stats = sums[f"model/{ground}"]
-    assert isinstance(stats, Stats)
-    sill = stats.m2_difference / max(stats.n, 1)
-    metres = sum(cube.grids[0].pixel_metres()) / 2
-    return {"ground": ground, **variograms[ground].summary(sill, metres, buffer)}
-
-
-def _read_part(ledger: Ledger, shard: Shard) -> dict[str, NDArray[Any]]:
-    key = part_key(ledger.key, shard)
-    try:
-        with np.load(io.BytesIO(ledger.store.read(key)), allow_pickle=False) as part:
-            return {name: part[name] for name in part.files}
-    except (ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(
-            f"{ledger.store.uri}/{key} is damaged ({error}); run aeheight evaluate --overwrite"
-        ) from error
+        Each of those has its histograms: all of them at once would not fit into memory.
+        """
+        zones = [grid.name for grid in cube.grids]
+        for shard in sorted(shards, key=lambda shard: shard.name):
+            part = read_part(ledger, shard)
+            for name, pairs in part.variograms.items():
+                self.variograms[name] += pairs
+            for name, held in part.intervals.items():
+                self.intervals[name] = self.intervals.get(name, Intervals.zero()) + held
+            for name, crossed in part.crossings.items():
+                self.crossings[name] = self.crossings.get(name, Crossings.zero()) + crossed
+            self.blocks.add(part.blocks)
+            self.facets += part.facets
+            self.pictures.append((shard, part.pictures))
+            yield {**part.sums, **of_zone(part.sums, zones.index(shard.group))}
 
 
 def _metrics(
@@ -145,76 +124,37 @@ def _metrics(
     cube: Template,
     year: int,
     sums: Sums,
-    held: Mapping[str, Intervals],
-    variograms: Mapping[str, Variogram],
+    merged: _Merged,
     checkpoint: Checkpoint,
-    edges: Mapping[str, tuple[float, ...]],
+    criteria: Mapping[str, Criterion],
 ) -> dict[str, Any]:
     here = checkpoint.provenance.cube == run.open_cube().identity
-    heights = _heights(sums)
+    heights = judged_heights(sums)
     trained = heights["train"] if here and not checkpoint.provenance.also else None
     buffer = run.settings.split.buffer if here and heights["train"].n else None
-    names = ["mean", "ridge"] + ["prior"] * any(layer.name == "prior" for layer in cube.layers)
+    names = ["mean", "ridge"] + ["prior"] * tells(cube, "prior")
+    baselines = {name: by_split(sums, name) for name in names}
+    reach = correlation(merged.variograms, sums, cube, buffer)
+    blocks = chosen_blocks(merged.blocks.total(), run.settings, reach)
     return {
-        "model": _by_split(sums, "model"),
-        "baselines": {name: _by_split(sums, name) for name in names},
-        "by": _by_class(sums, edges),
-        "intervals": _intervals(held, edges),
-        "zones": list(_zones(cube, sums)),
+        "model": by_split(sums, "model"),
+        "baselines": baselines,
+        "skill": skill(by_split(sums, "model"), baselines),
+        "regression": regression(sums),
+        "by": by_class(sums, criteria),
+        "intervals": intervals(merged.intervals, criteria),
+        "zones": list(zones(cube, sums)),
         "shift": shift(heights, trained),
-        "correlation": _correlation(variograms, sums, cube, buffer),
+        "correlation": reach,
+        "confidence": confidence(blocks, run.settings, sums),
+        "coregistration": coregistration(blocks, merged.facets),
         "provenance": _provenance(run, cube, year, checkpoint),
     }
 
 
-def _end(edge: float) -> float | None:
-    """JSON has no infinity."""
-    return edge if math.isfinite(edge) else None
-
-
-def _zones(cube: Template, sums: Sums) -> Iterator[dict[str, Any]]:
-    """One row a pair of zones whose predictions meet; neither of them is a reference."""
-    for first, second in permutations([grid.name for grid in cube.grids], 2):
-        key = pair_key(first, second)
-        if key in sums:
-            kept = {k: v for k, v in _summary(sums, key).items() if k not in _OF_A_REFERENCE}
-            yield {"between": [first, second], **kept}
-
-
-def _by_split(sums: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {split: _summary(sums, f"{name}/{split}") for split in SPLITS}
-
-
-def _by_class(sums: Mapping[str, Any], edges: Mapping[str, tuple[float, ...]]) -> dict[str, Any]:
-    """For each criterion its rows, of the classes that a split has."""
-    return {
-        name: [
-            {"split": split, "lo": classes[k], "hi": _end(classes[k + 1]), **_summary(sums, key)}
-            for split in SPLITS
-            for k in range(len(classes) - 1)
-            if (key := f"{name}/{split}/{k}") in sums
-        ]
-        for name, classes in edges.items()
-    }
-
-
-def _intervals(
-    held: Mapping[str, Intervals], edges: Mapping[str, tuple[float, ...]]
-) -> dict[str, Any]:
-    """As "model" and "by", of the map's intervals; empty where the map does not tell its spread."""
-    if not held:
-        return {}
-    return {"model": _by_split(held, "model"), "by": _by_class(held, edges)}
-
-
-def _summary(sums: Mapping[str, Any], key: str) -> dict[str, Any]:
-    part = sums[key]
-    assert isinstance(part, Stats | Intervals)
-    return part.summary()
-
-
 def _provenance(run: Run, cube: Template, year: int, checkpoint: Checkpoint) -> dict[str, Any]:
     files = Sources.from_bytes(run.ledger("cube").store.read(SOURCES)).files
+    classes = ClassMaps.from_bytes(run.ledger("report").store.read(CLASSES)).files
     settings = run.settings
     assert settings.height is not None
 
@@ -226,6 +166,7 @@ def _provenance(run: Run, cube: Template, year: int, checkpoint: Checkpoint) -> 
         "prior": settings.prior
         and settings.prior.model_dump(mode="json")
         | {"epoch": settings.prior.epoch or "unknown", "files": files["prior"]},
+        "classes": classes,
         "embeddings": {
             "version": embeddings.VERSION,
             "attribution": embeddings.ATTRIBUTION,
@@ -316,11 +257,6 @@ def _prediction(run: Run, heights: Template, checkpoint: Checkpoint) -> Predicti
         limit=None if checkpoint.rmse is None else SHARE * checkpoint.rmse,
         sessions=sessions(ledger.store),
     )
-
-
-def thin(shape: Shape) -> int:
-    """Every how many pixels the report's maps take one."""
-    return -(-max(shape) // MAP_PIXELS)
 
 
 def _maps(

@@ -1,0 +1,37 @@
+"""Words of the report beside the metrics' own, with formula and source."""
+
+from typing import Final
+
+TERMS: Final = {
+    "interval": (
+        "confidence",
+        "95 % interval by a block bootstrap: the 2.5 % and 97.5 % quantiles of the metric over "
+        "draws of blocks with replacement (Künsch 1989, Lahiri 2003).",
+    ),
+    "skill": (
+        "skill",
+        "1 − MSE / MSE of a baseline, MSE = Σd² / n on the same pixels (Murphy 1988).",
+    ),
+    "slope": (
+        "regression",
+        "Of the least-squares line: Σ(r − mean r)(p − mean p) / Σ(r − mean r)² of prediction p on "
+        "reference r; of the reference on the prediction with p in the denominator.",
+    ),
+    "co-registered": (
+        "coregistration",
+        "After the shift (dx, dy, dz) that d = −dx · ∂h/∂x − dy · ∂h/∂y + dz fits best by least "
+        "squares on slopes over 3°; h is the reference (one step of Nuth & Kääb 2011).",
+    ),
+    "step ratio": (
+        "seams",
+        "Mean |step of d| across a seam / mean |step of d| one pixel to either side of it; 1 where "
+        "no seam shows (a ratio of two sums, Cochran 1977).",
+    ),
+    "slope class": (
+        "by",
+        "Slope and aspect of the reference from 3 × 3 pixels by Horn (1981); roughness is the "
+        "highest less the lowest of them (Wilson et al. 2007). Distance to training ground is the "
+        "larger of rows and columns apart.",
+    ),
+}
+"""Words beside the metrics' own: the key of metrics.json that uses each, and what it means."""
