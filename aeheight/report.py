@@ -32,6 +32,7 @@ CAUTIONS: Final = (
     "Farther away, on other landscapes, expect larger errors.",
 )
 NAMES: Final = {
+    "kernel": "kernel regression",
     "ridge": "ridge regression",
     "prior": "the prior DEM",
     "mean": "the mean height",
@@ -334,7 +335,7 @@ def _skill(
     names = [name for name in NAMES if any(name in row for row in skill.values())]
     return [
         (NAMES[name], {split: row.get(name) for split, row in skill.items()})
-        for name in sorted(names, key=["prior", "ridge", "mean"].index)
+        for name in sorted(names, key=["prior", "kernel", "ridge", "mean"].index)
     ]
 
 

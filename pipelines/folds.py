@@ -31,7 +31,7 @@ from aeheight.steps.split import record_split
 from aeheight.store import Store
 from pipelines.paper import share_cube
 
-PREDICTORS: Final = ("model", "ridge", "mean", "prior")
+PREDICTORS: Final = ("model", "kernel", "ridge", "mean", "prior")
 STEPS: Final = ("train", "predict", "evaluate")
 NOWHERE: Final = Heights.of(np.empty(0))
 """No pixels."""
@@ -112,14 +112,14 @@ def _text(value: float | None, form: str) -> str:
 
 
 def _worst(trials: Sequence[Trial]) -> Iterator[str]:
-    """The trial with the largest RMSE; against ridge and prior, the one with the least gain."""
+    """The trial with the largest RMSE; against each rival, the one with the least gain."""
     judged = [trial for trial in trials if trial.n]
     if not judged:
         yield "- No trial has a test pixel with a reference and a prediction."
         return
     worst = max(judged, key=lambda trial: trial.test["model"]["rmse"])
     yield f"- Worst: {worst.name}, RMSE {worst.test['model']['rmse']:.2f} m."
-    for rival in ("ridge", "prior"):
+    for rival in ("kernel", "ridge", "prior"):
         gains = [
             (g, t.name) for t in judged if rival in t.test and (g := t.gain(rival)) is not None
         ]

@@ -106,6 +106,7 @@ class Trained:
             "store": self.settings.store,
             "checkpoint": made["model"]["checkpoint"],
             "corrects": made["model"]["corrects"],
+            "trust": made["model"]["trust"],
             "settings": self.settings.model.model_dump(mode="json"),
             "epochs": max((int(record["epoch"]) for record in self.history), default=0),
             "best_epoch": self.best_epoch,
@@ -354,8 +355,15 @@ def _course(model: Trained) -> str:
         f"{asked.encoder}, corrects {facts['corrects']}, patches of {asked.patch} px, "
         f"batches of {asked.batch}, AdamW {asked.learning_rate:g} / {asked.weight_decay:g}, "
         f"seed {asked.seed}, at most {asked.epochs} epochs; best epoch {facts['best_epoch']} of "
-        f"{facts['epochs']}"
+        f"{facts['epochs']}{_believed(facts['trust'])}"
     )
+
+
+def _believed(trust: Mapping[str, float] | None) -> str:
+    """How much of a network's correction is in its map, where that is not all of it."""
+    if trust is None or trust["relief"] == trust["level"] == 1:
+        return ""
+    return f"; {trust['relief']:.0%} of its detail and {trust['level']:.0%} of its level believed"
 
 
 def _say(_: Mapping[str, Any], lines: Sequence[str]) -> None:

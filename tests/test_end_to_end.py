@@ -180,6 +180,8 @@ def test_metrics_are_those_of_numpy_on_whole_arrays(small_run):
         "ridge": checkpoint.ridge.predict(codes),
         "prior": cube["prior"].copy(),
     }
+    if checkpoint.kernel is not None:
+        predictors["kernel"] = checkpoint.kernel.predict(codes)
     for values in predictors.values():
         values[~known] = np.nan
     predictors["model"] = arrays(small_run.heights)["height"][0]

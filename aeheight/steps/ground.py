@@ -80,6 +80,8 @@ class Ground:
         codes = cube.read(group, "embedding", year, region)
         ridge = checkpoint.ridge.predict(codes)
         baselines = {"mean": np.full_like(ridge, checkpoint.ridge.mean), "ridge": ridge}
+        if checkpoint.kernel is not None:
+            baselines["kernel"] = checkpoint.kernel.predict(codes)
         if tells(cube.template, "prior"):
             baselines["prior"] = cube.read(group, "prior", None, region)
         mapped = heights.read(group, "height", year, wide)

@@ -132,7 +132,8 @@ def _metrics(
     heights = judged_heights(sums)
     trained = heights["train"] if here and not checkpoint.provenance.also else None
     buffer = run.settings.split.buffer if here and heights["train"].n else None
-    names = ["mean", "ridge"] + ["prior"] * tells(cube, "prior")
+    names = ["mean", "ridge"]
+    names += ["kernel"] * (checkpoint.kernel is not None) + ["prior"] * tells(cube, "prior")
     baselines = {name: by_split(sums, name) for name in names}
     reach = correlation(merged.variograms, sums, cube, buffer)
     blocks = chosen_blocks(merged.blocks.total(), run.settings, reach)
