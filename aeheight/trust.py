@@ -2,10 +2,11 @@
 
 A correction is taken apart into its level, the mean over the ground around a pixel, and its relief,
 what is left. On real ground at 900 m, trained on one half and tested on the other, corrections that
-were right on held-out blocks between the training ground made the far half up to 14 % worse than their
-base alone. Of 209 screening trainings 72 were worse with the whole correction, and 16 with what is
-believed here, by 0.2 % at most (pipelines/EXPERIMENTS.md; patches stood for blocks then, and it
-says how these bounds were chosen). So both parts must earn their keep on held-out ground, and the level must earn far more:
+were right on held-out blocks between the training ground made the far half up to 14 % worse than
+their base alone. Of 209 screening trainings 72 were worse with the whole correction, and 16 with
+what is believed here, by 0.2 % at most (pipelines/EXPERIMENTS.md; patches stood for blocks then,
+and it says how these bounds were chosen). So both parts must earn their keep on held-out ground,
+and the level must earn far more:
 
 - relief: the factor that fits best what the level leaves of the held-out errors, less two standard
   errors of it (jackknife over blocks of ground, all years of one together: Efron & Stein 1981,
