@@ -27,6 +27,10 @@ R = TypeVar("R")
 class Ground(Protocol):
     """Ground to train on, in patches. `sweep` runs first."""
 
+    @property
+    def block(self) -> int:
+        """Edge in pixels of a block of ground: errors within one go together."""
+
     def sweep(self) -> Iterator[Patch]:
         """All ground that trains or validates once, in pieces of any shape."""
 
@@ -39,8 +43,11 @@ class Ground(Protocol):
     def squares(self, edge: int, count: int) -> Sequence[Any]:
         """Spots of up to `count` squares of up to `edge` px, to measure seams on; may be none."""
 
-    def read(self, spot: Any) -> Patch:
-        """The patch of a spot: square, its edge a multiple of 32 px. Threads call it at once."""
+    def read(self, spot: Any, margin: int = 0) -> Patch:
+        """The patch of a spot: square, its edge a multiple of 32 px. Threads call it at once.
+
+        With `margin`, a multiple of 32, so many more pixels of the ground on every side.
+        """
 
 
 class Batch(NamedTuple):

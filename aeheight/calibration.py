@@ -12,7 +12,7 @@ import numpy as np
 
 from aeheight.correction import Correction, Floats, Numbers, Surface, support
 from aeheight.errors import InputError
-from aeheight.fitting import Fits, Samples, line, spread
+from aeheight.fitting import Fits, Samples, line, median_nmad
 
 FEWEST_POINTS, FEWEST_BLOCKS = 30, 10
 """Below these no standard error is worth its name."""
@@ -65,7 +65,7 @@ class Figures:
     @classmethod
     def of(cls, difference: Floats, weight: Floats) -> "Figures":
         """Of (n,) differences."""
-        median, nmad = spread(difference)
+        median, nmad = median_nmad(difference)
         return cls(len(difference), _rmse(difference, weight), median, nmad)
 
 
@@ -94,11 +94,17 @@ class Trial:
     """How far off that is."""
     coverage: float
     """Share of the map that lies within a block's edge of a point."""
+    within_before: float | None
+    """Share of the points no further off than they may be; None: nobody said."""
+    within_after: float | None
+    """The same after the correction, cross-validated."""
     rmse_by_form: Mapping[str, float]
     """Cross-validated, metres, from the simplest form on; what the form was chosen by."""
 
 
-def calibrate(samples: Samples, x: Floats, y: Floats) -> tuple[Correction, Trial]:
+def calibrate(
+    samples: Samples, x: Floats, y: Floats, allowed: Floats | None = None
+) -> tuple[Correction, Trial]:
     """The correction of a map that its reference points can prove.
 
     The form is the simplest whose cross-validated squared error is within one standard error of the
@@ -111,14 +117,16 @@ def calibrate(samples: Samples, x: Floats, y: Floats) -> tuple[Correction, Trial
         samples: the map at the points.
         x: (m,) places spread over the map, metres.
         y: (m,) the same.
+        allowed: (n,) how far off each point may be, metres, NaN where nobody says: for
+            `Trial.within_before` and `within_after`, and nothing else.
 
     Raises:
-        InputError: too few points, all in one place, or no gain that exceeds its standard error;
+        InputError: too few points, all in one place, or no gain above two standard errors;
             with the figures.
     """
     _need_points(len(samples))
     residual, own = line(samples)
-    limit = max(_GROSS * spread(residual)[1], _LEAST_GROSS)
+    limit = max(_GROSS * median_nmad(residual)[1], _LEAST_GROSS)
     good = np.abs(residual) <= limit
     kept = samples.where(good)
     _need_points(len(kept))
@@ -131,13 +139,23 @@ def calibrate(samples: Samples, x: Floats, y: Floats) -> tuple[Correction, Trial
         held = bench.fold == fold
         left[held] = bench.left(bench.choose(frozenset({fold}))[0], frozenset({fold}), fold)
     before, after = -kept.wanted, -left
+    limits = None if allowed is None else allowed[good]
     gains = _gains(before, after, bench.weight, block)
     trial = Trial(
         form, Figures.of(before, bench.weight), Figures.of(after, bench.weight), *gains,
-        int(block.max()) + 1, edge, _FOLDS, int((~good).sum()), limit, coverage, scores,
+        int(block.max()) + 1, edge, _FOLDS, int((~good).sum()), limit, coverage,
+        _within(before, limits), _within(after, limits), scores,
     )  # fmt: skip
     _need_gain(trial)
     return bench.correction(form, support(kept.x, kept.y, edge)), trial
+
+
+def _within(difference: Floats, allowed: Floats | None) -> float | None:
+    """The share of differences that are allowed."""
+    if allowed is None or np.isnan(allowed).all():
+        return None
+    known = ~np.isnan(allowed)
+    return float(np.mean(np.abs(difference[known]) <= allowed[known]))
 
 
 def _need_points(count: int) -> None:
@@ -151,10 +169,11 @@ def _need_points(count: int) -> None:
 def _need_gain(trial: Trial) -> None:
     """Refuse a correction that does not help.
 
-    A constant leaves the NMAD as it is, so that must only not become worse, beyond chance (two
-    standard errors), by half of what the RMSE gains.
+    The RMSE must gain more than two of its standard errors. A constant leaves the NMAD as it is, so
+    that must only not become worse, beyond chance (two standard errors), by half of what the RMSE
+    gains.
     """
-    helps = trial.form.terms and trial.gain_rmse > trial.gain_rmse_error
+    helps = trial.form.terms and trial.gain_rmse > 2 * trial.gain_rmse_error
     if helps and -trial.gain_nmad <= max(2 * trial.gain_nmad_error, trial.gain_rmse / 2):
         return
     before, after = trial.before, trial.after
@@ -281,9 +300,8 @@ def _gains(
 
     def gains(chosen: Numbers) -> tuple[float, float]:
         one, other = before[chosen], after[chosen]
-        return _rmse(one, weight[chosen]) - _rmse(other, weight[chosen]), spread(one)[1] - spread(
-            other
-        )[1]
+        rmse = _rmse(one, weight[chosen]) - _rmse(other, weight[chosen])
+        return rmse, median_nmad(one)[1] - median_nmad(other)[1]
 
     draws = [
         gains(np.concatenate([members[k] for k in rng.integers(0, len(members), len(members))]))

@@ -78,13 +78,3 @@ def to_csv(records: Sequence[Mapping[str, float]]) -> bytes:
     writer.writeheader()
     writer.writerows(records)
     return text.getvalue().encode()
-
-
-def from_csv(data: bytes) -> list[dict[str, float]]:
-    """The records that `to_csv` wrote."""
-    rows = csv.DictReader(io.StringIO(data.decode()))
-    return [{key: _number(text) for key, text in row.items() if text} for row in rows]
-
-
-def _number(text: str) -> float:
-    return int(text) if text.isdecimal() else float(text)

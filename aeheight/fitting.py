@@ -48,7 +48,7 @@ class Samples:
         return Samples(*(part[chosen] for part in parts))
 
 
-def spread(values: Floats) -> tuple[float, float]:
+def median_nmad(values: Floats) -> tuple[float, float]:
     """Median and NMAD of (n,) values."""
     median = float(np.median(values))
     return median, 1.4826 * float(np.median(np.abs(values - median)))
@@ -68,10 +68,10 @@ def line(samples: Samples) -> tuple[Floats, float]:
 
 def _own(residual: Floats, sigma: Floats) -> float:
     """The variance, m², for which residual / sqrt(sigma² + variance) has an NMAD of 1."""
-    low, high = _FLOOR**2, max(spread(residual)[1], _FLOOR) ** 2 + _FLOOR**2
+    low, high = _FLOOR**2, max(median_nmad(residual)[1], _FLOOR) ** 2 + _FLOOR**2
     for _ in range(40):
         middle = float(np.sqrt(low * high))
-        if spread(residual / np.sqrt(sigma**2 + middle))[1] > 1:
+        if median_nmad(residual / np.sqrt(sigma**2 + middle))[1] > 1:
             low = middle
         else:
             high = middle

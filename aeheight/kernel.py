@@ -36,7 +36,9 @@ STIFFER: Final = 3.0
 """The linear term is penalised so many times as strongly as the ridge that is the baseline."""
 
 _PENALTY: Final = 1.0
-"""Of the bumps' squared weights, in heights squared over so many sampled pixels (20,000)."""
+"""Of the bumps' squared weights: a pure number, since bumps are 0 to 1 high and weights metres like
+heights. It is the variance of the noise over the prior variance of a weight, and stands beside sums
+over all sampled pixels (20,000 at most), which are divided by no count."""
 
 BLOCK: Final = 1_024
 """Pixels whose bumps are held at once: 2 MiB, which stay in a CPU's cache."""

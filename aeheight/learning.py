@@ -52,6 +52,15 @@ class Machine:
     precision: str = ""
     """Lightning's name; empty: bfloat16 where a GPU has it, else float16, and float32 on a CPU."""
 
+    def facts(self) -> dict[str, Any]:
+        """What weights depend on: a training is taken up on such a machine alone."""
+        return {
+            "accelerator": self.accelerator,
+            "devices": self.devices,
+            "precision": self.chosen_precision(),
+            "torch": torch.__version__,
+        }
+
     def chosen_precision(self) -> Any:
         """Lightning's name of the precision; weights and losses are float32 in any case."""
         if self.precision or self.accelerator == "cpu":

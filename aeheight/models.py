@@ -119,6 +119,11 @@ class Checkpoint:
     which corrects `ridge`."""
 
     @property
+    def corrects(self) -> bool:
+        """Whether a network takes part: there is one, and something of it is believed."""
+        return bool(self.weights) and bool(self.trust.relief or self.trust.level)
+
+    @property
     def rmse(self) -> float | None:
         """RMSE on the validation ground of what was kept, metres."""
         if self.trust.rmse is not None:

@@ -1,6 +1,7 @@
 """Novelty: how far a pixel's embedding lies from those that the model was trained on.
 
-The dissimilarity index of Meyer & Pebesma (2021), doi:10.1111/2041-210X.13650, in another scale.
+The dissimilarity index of Meyer & Pebesma (2021, "Predicting into unknown space? Estimating the
+area of applicability of spatial prediction models", doi:10.1111/2041-210X.13650) in another scale.
 As theirs it is the Euclidean distance to the nearest training pixel in the space of the
 predictors, and ground that the training did not see says how far is far. What differs:
 
@@ -8,8 +9,8 @@ predictors, and ground that the training did not see says how far is far. What d
   training pixels.
 - Predictors are not weighted by their importance nor standardised: bands share one scale.
 - The unit is not the mean distance between training pixels, but the 99th percentile of the
-  distances of held-out pixels. So 1 is the border of known ground, which theirs draws at the upper
-  whisker of cross-validated distances.
+  distances of held-out pixels. So 1 is the border of known ground; theirs, the area of
+  applicability, ends at the upper whisker of cross-validated distances.
 - Distances are taken between codes `q` as they are stored, so of sign(x) sqrt|x| for an embedding
   x: the space in which the quantisation is even. On real ground it tells known from new land
   about as well as x does, and makes everything here exact.

@@ -45,6 +45,30 @@ class Patch:
     """(p, p) prior in metres, NaN where there is none; None in a region without a prior."""
     use: NDArray[np.uint8]
     """(p, p) 0 unused, 1 train, 2 validation, 3 test."""
+    place: tuple[int, int, int] = (0, 0, 0)
+    """Which grid it lies on, whatever the year, and row and column there of its first pixel."""
+
+    def blocks(self, edge: int) -> NDArray[np.int64]:
+        """(p, p) the block of ground, of `edge` pixels from the grid's corner, of each pixel."""
+        grid, row, col = self.place
+        height, width = self.use.shape
+        rows, cols = ((start + np.arange(n)) // edge for start, n in ((row, height), (col, width)))
+        numbers: NDArray[np.int64] = (grid << 48) + (rows[:, None] << 24) + cols
+        return numbers
+
+    def core(self, margin: int) -> "Patch":
+        """The patch without so many pixels on every side."""
+        if not margin:
+            return self
+        grid, row, col = self.place
+        inner = (..., slice(margin, -margin), slice(margin, -margin))
+        return Patch(
+            self.codes[inner],
+            self.height[inner],
+            None if self.prior is None else self.prior[inner],
+            self.use[inner],
+            (grid, row + margin, col + margin),
+        )
 
     def usable(self, use: int) -> NDArray[np.bool_]:
         """(p, p) pixels of one use that have both an embedding and a reference."""
@@ -88,6 +112,8 @@ class Patches:
     cache_bytes: int = CACHE_BYTES
     """Decoded ground that is kept in memory. Where all training ground fits, spots come in a wholly
     random order; else block by block."""
+    block: int = 256
+    """Edge of a block of the split, pixels: the errors within one go together."""
     also: Sequence[Tree] = ()
     """Further cubes that are drawn from alike."""
     pool: Pool[Spot, Patch] = field(init=False)
@@ -259,10 +285,24 @@ class Patches:
         col = min(cell.region.col // edge * edge, cols - edge)
         return replace(cell, region=Region(row, col, edge, edge))
 
-    def read(self, spot: Spot) -> Patch:
-        """The patch of a spot; ground that was read lately is kept in memory."""
+    def read(self, spot: Spot, margin: int = 0) -> Patch:
+        """The patch of a spot; ground that was read lately is kept in memory.
+
+        Args:
+            spot: where.
+            margin: pixels of the ground around it that come with it, on every side.
+        """
+        if margin:
+            spot = replace(spot, region=spot.region.expand(margin), block=None)
         units = [_block_of(spot)] if spot.block else self._units(spot)
-        return _cut(spot.region, [(unit.region, self.pool.get(unit)) for unit in units])
+        found = _cut(spot.region, [(unit.region, self.pool.get(unit)) for unit in units])
+        return replace(found, place=self._place(spot))
+
+    def _place(self, spot: Spot) -> tuple[int, int, int]:
+        names = [
+            (i, grid.name) for i, tree in enumerate(self.trees) for grid in tree.template.grids
+        ]
+        return names.index((spot.cube, spot.group)), spot.region.row, spot.region.col
 
     def _units(self, spot: Spot) -> list[Spot]:
         """The chunks that a spot touches."""
@@ -283,6 +323,7 @@ class Patches:
             height=read("height"),
             prior=read("prior") if self.has_prior else None,
             use=read("split"),
+            place=self._place(spot),
         )
 
 

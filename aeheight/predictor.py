@@ -139,6 +139,8 @@ class Predictor:
             _load(model.network, checkpoint)
             head: Any = model.network.segmentation_head
             model.network.segmentation_head = _InFloat32(head)
+        if not checkpoint.corrects:
+            model.network = None
         self._model = model.eval().to(device).to(memory_format=torch.channels_last)
         if precision == "auto":
             precision = "float16" if self._model.device.type == "cuda" else "float32"

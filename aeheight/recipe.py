@@ -69,6 +69,9 @@ class Recipe:
     first, so that it begins as its base."""
     draw: Callable[[Any, int], Sequence[Any]] = drawn
     """`draw(ground, number)`: the spots of an epoch, from 1; equal for equal numbers."""
+    bends: bool = True
+    """Whether the base `ridge` bends where training ground is near (`kernel`); False: the plain
+    ridge regression."""
     averaging: float | None = None
     """Decay a step of the moving average of the weights that is judged and kept; None: the weights
     as they are."""

@@ -152,6 +152,7 @@ def render(report: Report) -> str:
         zones=list(_zones(report.metrics.get("zones", ()), headline.get("rmse"))),
         seam=_chosen_seam(report.prediction),
         learning=_learning(report),
+        trust=report.metrics.get("provenance", {}).get("model", {}).get("trust"),
         provenance=list(_flat(report.metrics.get("provenance", {}))),
         cautions=[*report.notes, *CAUTIONS],
         attribution=ATTRIBUTION,

@@ -4,24 +4,29 @@ Two steps, on ground that the model was not fitted on:
 
 1. Where errors are large: a Gaussian likelihood head on the embedding (Nix & Weigend 1994,
    doi:10.1109/ICNN.1994.374138). The log of an error's standard deviation is linear in the codes,
-   with a ridge penalty chosen by cross-validation over cells of ground.
+   with a ridge penalty chosen by cross-validation over blocks of ground.
 2. How large they are: split conformal calibration of the scaled errors (Lei et al. 2018,
-   doi:10.1080/01621459.2017.1307116). The scores of a cell come from a head fitted without it, and
+   doi:10.1080/01621459.2017.1307116). The scores of a block come from a head fitted without it, and
    the factor is the 0.9 quantile of all.
+
+A block is one of the split's (`split.block`). Ground within one errs together; so does ground
+across the edge of two, and there is no buffer between the folds: where errors go together as far as
+a block is wide, the intervals are too narrow on ground farther away. The report tells that distance
+beside `split.block`.
 
 Validation ground alone is a handful of blocks, little for either: on Northern California at 900 m,
 where a tenth of the ground validates, it sufficed for a spread in 16 of 20 trials, and those had a
 5 % worse interval score. So a plain model, the ridge regression or the prior, is judged on all
-training ground too, each cell by a ridge that was fitted without it. That gives the head and the
+training ground too, each block by a ridge that was fitted without it. That gives the head and the
 factor. What the model itself makes of it is one number: the ratio of the two models' quantiles on
 the same validation pixels, which is known better than either, since a network that corrects its
 base errs mostly where that does.
 
-Neighbouring pixels err together: pixels are not exchangeable, at best cells are. With cells as the
-unit (Dunn et al. 2022, doi:10.1080/01621459.2022.2060112) the finite-sample correction asks for the
-largest of all scores below ten cells. Here every pixel counts the same, as it does in the coverage
-of a map, and the 1 / n of split conformal takes for n as many independent pixels as would tell the
-coverage as well as these cells do (the design effect of Kish 1965).
+Neighbouring pixels err together: pixels are not exchangeable, at best blocks are. With blocks as
+the unit (Dunn et al. 2022, doi:10.1080/01621459.2022.2060112) the finite-sample correction asks for
+the largest of all scores below ten blocks. Here every pixel counts the same, as it does in the
+coverage of a map, and the 1 / n of split conformal takes for n as many independent pixels as would
+tell the coverage as well as these blocks do (the design effect of Kish 1965).
 
 Nothing here knows of ground unlike all that was seen. Two guards: the log is held between the 0.5
 and 99.5 percentiles of the calibrating pixels, so that nothing extrapolates as an exponential, and
@@ -48,16 +53,13 @@ from aeheight.ridge import RidgeSums
 LEVEL: Final = 0.9
 """Share of the true heights that an interval of height ± spread is to hold."""
 
-CELL: Final = 32
-"""Pixels of the edge of a cell of ground, the unit that is left out."""
-
 FARTHEST: Final = 4.0
 """Novelty from which on the spread grows no more."""
 
 _GROWTH: Final = 2
 _FOLDS: Final = 5
 _FEWEST: Final = 100
-"""Pixels, and two cells for every fold: with less there is no spread."""
+"""Pixels, and two blocks for every fold: with less there is no spread."""
 _PENALTIES: Final = (10.0, 1.0, 0.3, 0.1)
 STEPS: Final = 1024
 """Entries of the look-up for one unit of the log: rounds a spread by 0.05 %."""
@@ -103,9 +105,9 @@ class Spread:
     growth: int
     """Power of the novelty above 1 by which it is wider."""
     cells: int
-    """Cells of ground that it was calibrated on."""
+    """Blocks of ground that it was calibrated on."""
     doubt: float
-    """Standard error of the coverage on ground like that, for want of more cells."""
+    """Standard error of the coverage on ground like that, for want of more blocks."""
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` takes, for JSON."""
@@ -151,7 +153,7 @@ class Errors:
     metres: NDArray[np.float64]
     """(n,) predicted - reference."""
     cells: NDArray[np.int64]
-    """(n,) which cell of ground each lies in."""
+    """(n,) which block of ground each lies in."""
 
     @classmethod
     def of_ridge(
@@ -229,12 +231,6 @@ def fit(
         cells=np.unique(ground.cells).size,
         doubt=doubt,
     )
-
-
-def cells_of(piece: int, there: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """(n,) cells of the pixels of a piece of ground (rows, columns) that are there."""
-    rows, cols = np.nonzero(there)
-    return (piece << 40) + (rows // CELL << 20) + cols // CELL
 
 
 def _gain(logs: NDArray[np.float64], held_out: Errors, plain: NDArray[np.float64]) -> float:

@@ -4,7 +4,7 @@ The ground is anything that lists its patches and reads them: a cube, or arrays 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,12 +26,11 @@ from aeheight.novelty import Sample
 from aeheight.patches import Patch
 from aeheight.predictor import full_precision
 from aeheight.recipe import Recipe
-from aeheight.residuals import facts_of, spread_of
+from aeheight.residuals import facts_of, judged, spread_of
 from aeheight.ridge import Ridge, RidgeSums
 from aeheight.seams import Seams, measure
 from aeheight.settings import ModelSettings
 from aeheight.splits import TRAIN, UNUSED, VALIDATION
-from aeheight.trust import Held, earned
 
 __all__ = ["Ground", "Last", "Machine", "Recipe", "Record", "fit"]
 
@@ -78,9 +77,11 @@ def fit(
     """
     if settings.architecture == "ridge":
         base = "ridge"
+    machine = machine or Machine()
     survey = _survey(ground, base == "prior", settings.seed)
     ridge = survey.sums.solve(settings.ridge_alpha)
-    bent = survey.kernel(settings) if base == "ridge" and settings.architecture != "ridge" else None
+    bends = base == "ridge" and settings.architecture != "ridge" and recipe.bends
+    bent = survey.kernel(settings) if bends else None
     target = survey.target(base, ridge, bent)
     journal = Journal(settings, on_epoch)
     with torch.random.fork_rng():
@@ -90,13 +91,14 @@ def fit(
         if model.network is not None:
             survey.need_validation()
             course = Course(ground, settings, recipe, target, on_progress)
-            learn(model, course, journal, last, machine or Machine())
+            learn(model, course, journal, last, machine)
         else:
             journal.note(model, {"train_rmse": target.rmse}, validate(model, ground, 1))
             journal.tell()
-    _settle(model, journal.weights)
+    _settle(model, journal.weights, machine)
+    held_out = judged(model, ground, settings.seed)
     if base != "none" and model.network is not None:
-        model.trust = earned(_held_out(model, ground))
+        model.trust = held_out.trust
     return Checkpoint(
         model=settings,
         base=base,
@@ -109,31 +111,15 @@ def fit(
         novelty=novelty.fit(survey.training, survey.validation, settings.seed),
         seams=_measured_seams(model, ground),
         kernel=bent,
-        spread=spread_of(model, ground, survey.training, ridge, settings),
+        spread=spread_of(model, held_out, survey.training, ridge, settings),
     )
 
 
-def _held_out(model: HeightModel, ground: Ground) -> Iterator[Held]:
-    """The validation ground, patch by patch: what the base misses, and what the network says."""
-    for spot in ground.validation():
-        patch = ground.read(spot)
-        codes = torch.from_numpy(patch.codes)[None].to(model.device)
-        prior = (
-            None if patch.prior is None else torch.from_numpy(patch.prior)[None].to(model.device)
-        )
-        with torch.inference_mode(), full_precision():
-            base, parts = model.base(codes, prior), model.parts(codes)
-            usable = model.usable(codes, prior)
-        there = patch.usable(VALIDATION) & usable[0].cpu().numpy()
-        relief, level = (model.scale * part[0].double().cpu().numpy()[there] for part in parts)
-        yield Held(patch.height[there] - base[0].cpu().numpy()[there], relief, level)
-
-
-def _settle(model: HeightModel, weights: Mapping[str, Tensor]) -> None:
+def _settle(model: HeightModel, weights: Mapping[str, Tensor], machine: Machine) -> None:
     """Make the model that which is kept, ready to be measured."""
     if model.network is not None and weights:
         model.network.load_state_dict(weights)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model.to(machine.accelerator).eval()
 
 
 def _measured_seams(model: HeightModel, ground: Ground) -> Seams | None:
@@ -211,12 +197,12 @@ def _survey(ground: Ground, with_prior: bool, seed: int) -> _Survey:
     sums = RidgeSums.of(np.empty((BANDS, 0), np.int8), np.empty(0, np.float32))
     evened = RidgeSums.of(np.empty((BANDS, 0), np.int8), np.empty(0, np.float32), evened=True)
     prior, validates = Stats.zero(), 0
-    for piece, patch in enumerate(ground.sweep()):
+    for patch in ground.sweep():
         _refuse_infinite(patch)
         there, held_out = patch.usable(TRAIN), patch.usable(VALIDATION)
         sums += RidgeSums.of(patch.codes[:, there], patch.height[there])
         evened += RidgeSums.of(patch.codes[:, there], patch.height[there], evened=True)
-        training.add(patch.codes[:, there], *facts_of(patch, piece, there))
+        training.add(patch.codes[:, there], *facts_of(patch, ground.block, there))
         validation.add(patch.codes[:, held_out], patch.height[held_out])
         if with_prior and patch.prior is not None:
             known = np.isfinite(patch.prior)

@@ -7,15 +7,17 @@ ridge alone. Of 209 trainings 72 were worse with the whole correction, and 16 wi
 here, by 0.2 % at most (pipelines/EXPERIMENTS.md, also on how these bounds were chosen). So both
 parts must earn their keep on held-out ground, and the level must earn far more:
 
-- relief: the factor that fits the held-out errors best, less two standard errors of it (jackknife
-  over patches: Efron & Stein 1981, doi:10.1214/aos/1176345462; shrinkage as in Copas 1983,
-  doi:10.1111/j.2517-6161.1983.tb01258.x). Chance alone is then hardly ever believed.
+- relief: the factor that fits best what the level leaves of the held-out errors, less two standard
+  errors of it (jackknife over blocks of ground, all years of one together: Efron & Stein 1981,
+  doi:10.1214/aos/1176345462; shrinkage as in Copas 1983, doi:10.1111/j.2517-6161.1983.tb01258.x).
+  Chance alone is then hardly ever believed. It is believed more often than that because the same
+  ground chose the epoch: the best of many is the luckiest too.
 - level: nothing, unless the whole correction explains a third of the base's squared errors on
-  held-out ground; all of it from two thirds on. A network that found the law explains most of what
-  its base misses; one that found the place explains little.
+  held-out ground; all of it that fits from two thirds on. A network that found the law explains
+  most of what its base misses; one that found the place explains little.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -25,10 +27,11 @@ from numpy.typing import NDArray
 RADIUS: Final = 10
 """Pixels from a pixel to the edge of the square that its level is the mean of."""
 
-FEWEST: Final = 4
-"""Patches with held-out ground below which no standard error can be told, and no relief is kept."""
+FEWEST: Final = 6
+"""Held-out blocks below which no standard error can be told, and no relief is kept."""
 
 _ERRORS: Final = 2.0
+_ALL_BUT_NOTHING: Final = 1 - 1e-9
 _SOME, _MOST = 1 / 3, 2 / 3
 
 
@@ -64,7 +67,7 @@ WHOLE: Final = Trust(1.0, 1.0)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Held:
-    """Held-out pixels of one patch."""
+    """Held-out pixels of a piece of ground."""
 
     errors: NDArray[np.float64]
     """(n,) reference - base, metres."""
@@ -72,30 +75,36 @@ class Held:
     """(n,) of the correction, metres."""
     level: NDArray[np.float64]
     """(n,) of the correction, metres."""
+    blocks: NDArray[np.int64]
+    """(n,) which block of ground each lies in."""
 
 
-def earned(patches: Iterable[Held]) -> Trust:
-    """The trust that a correction earns on held-out ground; one streaming pass over its patches.
+def earned(pieces: Iterable[Held]) -> Trust:
+    """The trust that a correction earns on held-out ground; one streaming pass over its pieces.
 
     Where there is no such ground, nothing is believed.
     """
-    products = [_products(patch) for patch in patches if patch.errors.size]
-    each = np.array(products).reshape(-1, 4, 4)
+    blocks: dict[int, NDArray[np.float64]] = {}
+    for piece in pieces:
+        for block, products in _products(piece):
+            blocks[block] = blocks.get(block, 0) + products
+    each = np.array(list(blocks.values())).reshape(-1, 4, 4)
     total = each.sum(axis=0)
     if total[0, 0] == 0:
         return Trust(0.0, 0.0)
-    level = float(np.clip((_explained(total) - _SOME) / (_MOST - _SOME), 0, 1))
-    relief = max(_relief(each[:, 1, 0], each[:, 1, 1]), level)
+    level = float(np.clip((_explained(total) - _SOME) / (_MOST - _SOME), 0, _fitting(total)))
+    relief = _relief(each[:, 1, 0] - level * each[:, 1, 2], each[:, 1, 1])
     factors = np.array([1, -relief, -level, 0.0])
     rmse = float(np.sqrt(max(factors @ total @ factors, 0) / total[3, 3]))
     return Trust(relief, level, rmse)
 
 
-def _products(held: Held) -> NDArray[np.float64]:
-    """(4, 4) sums of the products of errors, relief, level and ones."""
+def _products(held: Held) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    """For each block (4, 4) sums of the products of errors, relief, level and ones."""
     rows = np.stack([held.errors, held.relief, held.level, np.ones_like(held.errors)])
-    products: NDArray[np.float64] = rows @ rows.T
-    return products
+    for block in np.unique(held.blocks):
+        here = rows[:, held.blocks == block]
+        yield int(block), here @ here.T
 
 
 def _explained(total: NDArray[np.float64]) -> float:
@@ -104,12 +113,17 @@ def _explained(total: NDArray[np.float64]) -> float:
     return 1 - float(whole @ total @ whole) / float(total[0, 0])
 
 
+def _fitting(total: NDArray[np.float64]) -> float:
+    """The level's own factor of least squares, 0 to 1: more of it would harm."""
+    return float(np.clip(total[2, 0] / total[2, 2], 0, 1)) if total[2, 2] else 1.0
+
+
 def _relief(product: NDArray[np.float64], square: NDArray[np.float64]) -> float:
-    """The factor of least squares over all patches (n,), less its standard errors; 0 to 1."""
+    """The factor of least squares over all blocks (n,), less its standard errors; 0 to 1."""
     there = square > 0
     product, square = product[there], square[there]
     n = len(square)
-    if n < FEWEST:
+    if n < FEWEST or square.max() > _ALL_BUT_NOTHING * square.sum():
         return 0.0
     without = (product.sum() - product) / (square.sum() - square)
     error = np.sqrt((n - 1) / n * np.square(without - without.mean()).sum())

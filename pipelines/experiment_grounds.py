@@ -57,15 +57,33 @@ class Arrays:
     """Patches."""
     seed: int = 0
 
+    block: int = 20
+    """Edge of a block of the split, pixels."""
+
     def cut(self, row: int, col: int, height: int, width: int) -> Patch:
         """The ground below and right of a pixel."""
         part = (..., slice(row, row + height), slice(col, col + width))
         prior = None if self.prior is None else self.prior[part]
-        return Patch(self.codes[part], self.height[part], prior, self.use[part])
+        return Patch(self.codes[part], self.height[part], prior, self.use[part], (0, row, col))
 
-    def read(self, spot: tuple[int, int]) -> Patch:
+    def read(self, spot: tuple[int, int], margin: int = 0) -> Patch:
         """The patch of a spot."""
-        return self.cut(*spot, self.edge, self.edge)
+        edge = self.edge + 2 * margin
+        if not margin:
+            return self.cut(*spot, edge, edge)
+        within = self._padded(margin).cut(*spot, edge, edge)
+        return replace(within, place=(0, spot[0] - margin, spot[1] - margin))
+
+    def _padded(self, margin: int) -> "Arrays":
+        """With nothing around it."""
+        wide = (margin, margin)
+        return replace(
+            self,
+            codes=np.pad(self.codes, [(0, 0), wide, wide], constant_values=NODATA),
+            height=np.pad(self.height, wide, constant_values=np.nan),
+            prior=None if self.prior is None else np.pad(self.prior, wide, constant_values=np.nan),
+            use=np.pad(self.use, wide, constant_values=UNUSED),
+        )
 
     def sweep(self) -> Iterator[Patch]:
         """All of it."""
@@ -129,6 +147,7 @@ def load(name: str, seed: int, edge: int = 64, validation_block: int | None = No
         use=np.pad(use, pads, constant_values=UNUSED),
         edge=edge,
         seed=seed,
+        block=block,
     )
 
 

@@ -253,7 +253,7 @@ def as_they_lie(patches: Sequence[Patch], _: np.random.Generator) -> Sequence[Pa
 class Variant:
     """What one row of the table changes of the screening."""
 
-    recipe: Callable[[Arrays], Recipe] = lambda _: Recipe(build=thin)
+    recipe: Callable[[Arrays], Recipe] = lambda _: Recipe(build=thin, bends=False)
     """Of the ground, whose heights some need to know."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Of the model."""
@@ -264,7 +264,7 @@ class Variant:
 
 
 def _with(**parts: Any) -> Variant:
-    return Variant(lambda _: Recipe(**{"build": thin, **parts}))
+    return Variant(lambda _: Recipe(**{"build": thin, "bends": False, **parts}))
 
 
 def _seen(change: Change, *, judged: bool = False) -> Variant:
@@ -273,7 +273,7 @@ def _seen(change: Change, *, judged: bool = False) -> Variant:
 
 def _lds(ground: Arrays) -> Recipe:
     edges, weights = rarity(ground.height[ground.cut(0, 0, *ground.height.shape).usable(TRAIN)])
-    return Recipe(build=thin, loss=partial(smoothed, edges, weights))
+    return Recipe(build=thin, bends=False, loss=partial(smoothed, edges, weights))
 
 
 _library: Final = _with(build=models.build)
@@ -312,6 +312,6 @@ VARIANTS: Final[Mapping[str, Variant]] = {
     "slow": Variant(settings={"learning_rate": 1e-4}),
     "long": Variant(settings={"epochs": 24}),
     "thorough": Variant(settings={"epochs": 14, "patches_per_epoch": 320}),
-    "levelless-long": Variant(lambda _: Recipe(build=levelless), {"epochs": 24}),
+    "levelless-long": Variant(_with(build=levelless).recipe, {"epochs": 24}),
     "far-validation": Variant(validation_block=40),
 }

@@ -2,10 +2,10 @@
 
     python -m pipelines.experiments --variant NAME [--ground norcal] [--seeds 3]
 
-Each variant is what it changes of the screening training: a small U-Net that corrects the base
-(or the prior), on patches of 64 px, 8 epochs of 48 patches; `default` is the product's training.
-What came of it stands in EXPERIMENTS.md. The library holds only what won; what lost lives in
-`experiment_variants`, as functions that plug into `Recipe`.
+Each variant is what it changes of the screening training: a small U-Net that corrects the plain
+ridge regression (or the prior), on patches of 64 px, 8 epochs of 48 patches; `default` is the
+product's training. What came of it stands in EXPERIMENTS.md. The library holds only what won; what
+lost lives in `experiment_variants`, as functions that plug into `Recipe`.
 """
 
 import argparse

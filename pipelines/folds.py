@@ -25,6 +25,7 @@ from aeheight.errors import InputError
 from aeheight.settings import SplitSettings, load_region
 from aeheight.shift import Heights, shift
 from aeheight.steps import pipeline
+from aeheight.steps.also import other_cubes
 from aeheight.steps.run import Options, Run
 from aeheight.steps.split import record_split
 from aeheight.store import Store
@@ -194,21 +195,27 @@ def folds(region: Region, number: int) -> list[Trial] | None:
 
 
 def leave_one_out(regions: Sequence[Region]) -> list[Trial] | None:
-    """One trial a region: judged there, trained on all others; None where shards failed."""
+    """One trial a region: judged there, trained on all others; None where shards failed.
+
+    Raises:
+        InputError: two of them share ground, or cannot be trained on together; before any is.
+    """
     grounds = [region.trial("left-out/ground", test=0.0) for region in regions]
     for ground in grounds:
         with ground.held():
             record_split(ground)
+    runs = []
+    for k, region in enumerate(regions):
+        also = [ground.store.uri for n, ground in enumerate(grounds) if n != k]
+        runs.append(region.trial("left-out/tested", also, test=1.0))
+        other_cubes(runs[k].settings, runs[k].open_cube())
     heights = [_heights(ground) for ground in grounds]
     trials = []
-    for k, region in enumerate(regions):
-        others = [n for n in range(len(regions)) if n != k]
-        also = [grounds[n].store.uri for n in others]
-        run = region.trial("left-out/tested", also, test=1.0)
+    for k, (region, run) in enumerate(zip(regions, runs, strict=True)):
         _say({}, [f"-- {region.path.stem} is left out"])
         if pipeline.execute(run, STEPS, _say):
             return None
-        trained = sum((heights[n] for n in others), start=NOWHERE)
+        trained = sum(heights[:k] + heights[k + 1 :], start=NOWHERE)
         trials.append(Trial.of(region.path.stem, run, _from(trained, heights[k])))
     return trials
 
@@ -278,14 +285,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _carry_out(regions: Sequence[Region], arguments: argparse.Namespace) -> int:
+    if arguments.leave_one_out:
+        _need_stores(regions)
     if not all(region.ingest() for region in regions):
         return 1
     if arguments.leave_one_out:
-        if len({region.source.store.uri for region in regions}) < max(len(regions), 2):
-            raise InputError(
-                "--leave-one-out needs two regions or more, each with a store of its own; "
-                f"given: {', '.join(str(region.path) for region in regions)}"
-            )
         return _publish(regions[0].beside.child("left-out"), "One region left out",
                         leave_one_out(regions))  # fmt: skip
     for region in regions:
@@ -294,6 +298,14 @@ def _carry_out(regions: Sequence[Region], arguments: argparse.Namespace) -> int:
         if code := _publish(store, title, folds(region, arguments.folds)):
             return code
     return 0
+
+
+def _need_stores(regions: Sequence[Region]) -> None:
+    if len({region.source.store.uri for region in regions}) < max(len(regions), 2):
+        raise InputError(
+            "--leave-one-out needs two regions or more, each with a store of its own; "
+            f"given: {', '.join(str(region.path) for region in regions)}"
+        )
 
 
 def _publish(store: Store, title: str, trials: Sequence[Trial] | None) -> int:

@@ -81,10 +81,15 @@ class Trained:
     @property
     def label(self) -> str:
         """As a reader knows it."""
-        model, base = self.settings.model.architecture, self.settings.base
+        model, base = self.settings.model.architecture, self.facts()["corrects"]
         if self.name != "default":
             return _NAMES[model]
-        corrects = {"none": "", "ridge": ", corrects ridge", "prior": ", corrects the prior"}[base]
+        corrects = {
+            "none": "",
+            "ridge": ", corrects ridge",
+            "kernel": ", corrects the kernel regression",
+            "prior": ", corrects the prior",
+        }[base]
         return f"region's model ({_NAMES[model]}{corrects if model != 'ridge' else ''})"
 
     @property

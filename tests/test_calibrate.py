@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from tests.runs import Region, Regions, arrays, flip, one_message, run_here, sna
 GRID = Grid("EPSG:32610", 10.0, 540000.0, 4280000.0, (150, 200))
 WEST = Grid("EPSG:32610", 100.0, 750000.0, 4280000.0, (120, 120))
 EAST = Grid("EPSG:32611", 100.0, 230000.0, 4280000.0, (120, 120))
+SPREAD = 3.29
+"""Metres: what 90 % of the map's own noise, of 2 m, lies within."""
 DEGREES = Grid("EPSG:4326", 0.001, -124.0, 39.0, (150, 200))
 
 
@@ -80,12 +83,13 @@ def degrees(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_map(folder: Path, grids=(GRID,), bias=lacking, shard=64, name="made") -> Map:
-    """A map with a novelty beside its heights, and a lake without either."""
+    """A map with novelty and spread beside its heights, and a lake without any of them."""
     cut = CubeSettings(shard=shard, chunk=32)
     about = {"units": "m", "surface": "dsm", "vertical_datum": "EPSG:5773"}
     layers = (
         Layer("height", "float32", np.nan, timed=True, attributes=about),
         Layer("novelty", "float32", np.nan, timed=True, attributes={"units": "1"}),
+        Layer("spread", "float32", np.nan, timed=True, attributes={"long_name": "half width"}),
     )
     template = Template(tuple(grids), layers, (2021, 2022), cut, "made heights")
     base = {"embeddings": {"href": "none.tif", "year": [2021, 2022]}}
@@ -102,11 +106,13 @@ def make_map(folder: Path, grids=(GRID,), bias=lacking, shard=64, name="made") -
         truth[grid.name] = heights.reshape(grid.shape)
         for shard_ in (s for s in template.shards("height") if s.group == grid.name):
             values = told[shard_.region.slices].astype(np.float32)
-            far = replace(shard_, layer="novelty")
+            beside = {"novelty": 0.5, "spread": SPREAD}
             further = {
-                "novelty": tree.write(
-                    far, np.where(np.isnan(values), values, 0.5).astype(np.float32)
+                name: tree.write(
+                    replace(shard_, layer=name),
+                    np.where(np.isnan(values), values, np.float32(value)),
                 )
+                for name, value in beside.items()
             }
             digest = tree.write(shard_, values)
             receipt = receipt_for(shard_, values, digest, ~np.isnan(values), ledger.key, 0.0)
@@ -162,6 +168,37 @@ def test_the_result_can_be_traced(done):
     attributes = open_tree(Store.at(done.calibrated)).template.layer("height").attributes
     assert attributes["long_name"] == "predicted height, corrected by reference heights"
     assert attributes["vertical_datum"] == "EPSG:5773"
+
+
+def test_what_the_spread_holds_is_told_before_and_after(done, workers):
+    """The map's bias is no part of its spread; what the correction leaves is."""
+    points = np.genfromtxt(
+        done.region.path.parent / "points.csv", delimiter=",", names=True, usecols=(0, 1, 2)
+    )
+    keep = np.arange(len(points)) % 20 > 0
+    tree = open_tree(Store.at(done.region.heights))
+    off = map_at(tree, 2021, points["lon"], points["lat"]) - points["height"]
+    allowed = np.hypot(SPREAD, 1.6449 * 0.5)
+    trial = done.result()["trial"]
+    wanted = np.mean(np.abs(off[keep & ~np.isnan(off)]) <= allowed)
+    assert trial["within_before"] == pytest.approx(wanted, abs=1e-6)
+    assert wanted < 0.5
+    normal = 2 * NormalDist(0, trial["after"]["rmse"]).cdf(allowed) - 1
+    assert trial["within_after"] == pytest.approx(normal, abs=0.05)
+    assert normal > 0.8
+    path = done.region.path.parent / "points.csv"
+    told = run_here("calibrate", done.region.path, "--points", path, "--plan", *workers).out
+    shares = (f"{100 * trial[name]:.0f}" for name in ("within_before", "within_after"))
+    assert f"holds {' -> '.join(shares)} % of the points, and should hold 90 %" in told
+
+
+def test_the_spread_stays_as_it_is_and_says_of_what(done):
+    before, after = (open_tree(Store.at(path)) for path in (done.region.heights, done.calibrated))
+    np.testing.assert_array_equal(
+        arrays(done.calibrated)["spread"], arrays(done.region.heights)["spread"]
+    )
+    named = [tree.template.layer("spread").attributes["long_name"] for tree in (before, after)]
+    assert named == ["half width", "half width, of the heights before the correction"]
 
 
 def test_the_plan_shows_the_gain_and_writes_nothing(tmp_path):

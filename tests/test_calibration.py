@@ -1,6 +1,7 @@
 """A correction of known bias: what is recovered, what is refused, and that bits do not move."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -84,6 +85,19 @@ def test_figures_before_are_those_of_the_points():
     assert trial.before.rmse == pytest.approx(np.sqrt(np.mean(d**2)))
     assert trial.before.median == pytest.approx(np.median(d))
     assert trial.before.nmad == pytest.approx(1.4826 * np.median(np.abs(d - np.median(d))))
+
+
+def test_points_within_what_is_allowed_are_told_before_and_after():
+    """Of errors with an SD of 5 m, 68 % lie within 5 m once the bias is gone."""
+    given, area = samples(bias_of(constant=12), count=1000, outliers=0), ground(7, 500)[:2]
+    allowed = np.where(np.arange(1000) < 900, NOISE, np.nan)
+    (_, trial), (_, plain) = (calibrate(given, *area, *more) for more in ((allowed,), ()))
+    assert trial.within_before == np.mean(np.abs(given.wanted[:900]) <= NOISE) < 0.2
+    assert trial.within_after == pytest.approx(0.683, abs=0.04)
+    assert (plain.within_before, plain.within_after) == (None, None)
+    assert plain == replace(trial, within_before=None, within_after=None)
+    nobody = calibrate(given, *area, np.full(1000, np.nan))[1]
+    assert nobody == plain
 
 
 def test_what_is_promised_is_what_unseen_points_show():

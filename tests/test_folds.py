@@ -123,15 +123,7 @@ def test_each_region_is_judged_by_a_model_of_the_others(tmp_path, world, schedul
     middle = (west + east) / 2
     regions = Regions(tmp_path, small_settings(world))
     halves = {"west": [west, south, middle, north], "east": [middle, south, east, north]}
-    files = [
-        regions.write(
-            name,
-            grid={"crs": world.crs, "resolution": 10, "bounds": bounds},
-            split=QUICK["split"],
-            model=QUICK["model"],
-        )
-        for name, bounds in halves.items()
-    ]
+    files = parts(regions, world, halves)
     result = folds("--leave-one-out", *(file.path for file in files), "--scheduler", scheduler)
     assert result.code == 0, result.err
     cubes = {name: arrays(file.cube) for name, file in zip(halves, files, strict=True)}
@@ -151,6 +143,39 @@ def test_each_region_is_judged_by_a_model_of_the_others(tmp_path, world, schedul
         assert not (ground["split"] == TEST).any()
         bias = float(mean_height(ground, ground["split"] == TRAIN) - mean_height(cubes[name]))
         assert metrics["baselines"]["mean"]["test"]["mean"] == pytest.approx(bias, abs=1e-3)
+
+
+def test_regions_that_share_ground_are_refused_before_anything_is_trained(
+    tmp_path, world, scheduler
+):
+    """Only the last two overlap, by one column of pixels."""
+    west, south, east, north = world.bounds
+    middle, step = (west + east) / 2, (east - west) / 4
+    bounds = {
+        "a": [west, south, west + step, north],
+        "b": [west + step, south, middle + 10, north],
+        "c": [middle, south, east, north],
+    }
+    files = parts(Regions(tmp_path, small_settings(world)), world, bounds)
+    result = folds("--leave-one-out", *(file.path for file in files), "--scheduler", scheduler)
+    assert result.code == 2, result.err
+    (message,) = (line for line in result.err.splitlines() if line.startswith("folds: "))
+    for word in ("also", "c-folds/left-out/ground", "pixels of ground that this run tests"):
+        assert word in message
+    assert not list(tmp_path.rglob("best.ckpt"))
+
+
+def parts(regions, world, bounds):
+    """A region file for each part of the world."""
+    return [
+        regions.write(
+            name,
+            grid={"crs": world.crs, "resolution": 10, "bounds": wanted},
+            split=QUICK["split"],
+            model=QUICK["model"],
+        )
+        for name, wanted in bounds.items()
+    ]
 
 
 def trial(name, model, ridge, n=100):
@@ -197,6 +222,19 @@ def test_bad_input_is_one_message(arguments, changes, words, regions, done, sche
     for word in words:
         assert word in result.err
     assert "Traceback" not in result.err + message
+
+
+@pytest.mark.parametrize("stores", [["one"], ["one", "one"]])
+def test_regions_to_leave_out_are_counted_before_any_is_ingested(regions, stores):
+    files = [
+        regions.write(f"file{number}", store=str(regions.folder / store))
+        for number, store in enumerate(stores)
+    ]
+    result = folds("--leave-one-out", *(file.path for file in files))
+    assert result.code == 2
+    for word in ("two regions or more", "store of its own", str(files[-1].path)):
+        assert word in result.err
+    assert not files[0].store.exists()
 
 
 def small(done):

@@ -132,3 +132,15 @@ def test_the_words_of_a_training_that_diverged() -> None:
     assert "Training diverged in epoch 3 and ended there." in words
     assert "The weights of epoch 2 are kept" in words
     assert "The last epoch was the best" not in words
+
+
+@pytest.mark.parametrize(
+    ("trust", "words"),
+    [
+        ({"relief": 0.5, "level": 0.25}, "50 % of its detail and 25 % of its level"),
+        ({"relief": 0.0, "level": 0.0}, "the map is its base alone"),
+    ],
+)
+def test_the_page_tells_how_much_of_the_network_is_believed(trust, words):
+    metrics = {"model": {}, "baselines": {}, "by": {}, "provenance": {"model": {"trust": trust}}}
+    assert words in Page(render(Report(name="x", metrics=metrics))).words

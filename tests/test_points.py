@@ -10,10 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyproj
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pyproj import CRS, Transformer
 
 from aeheight.errors import InputError
-from aeheight.sources.points import Points, read_points
+from aeheight.sources.points import Points, box_around, read_points
 from tests.test_datum import separation, write_geoid
 
 EGM96, EGM2008, ELLIPSOID = "EPSG:5773", "EPSG:3855", "EPSG:4979"
@@ -231,6 +233,47 @@ def test_a_box_across_the_180th_meridian(tmp_path):
     path = write_csv(tmp_path / "p.csv", lon=[179.5, -179.5, 178.0, -178.0])
     found = read(path, box=(179.0, 38.0, -179.0, 39.0))
     np.testing.assert_array_equal(found.lon, [179.5, -179.5])
+
+
+def test_longitudes_of_0_to_360_are_those_of_180_west_to_180_east(tmp_path):
+    """Both sides of Greenwich, and of the 180th meridian."""
+    path = write_csv(tmp_path / "p.csv", lon=[359.5, 0.5, 180.0, 179.5])
+    found = read(path, box=(-180.0, -90.0, 179.999, 90.0))
+    np.testing.assert_array_equal(found.lon, [-0.5, 0.5, -180.0, 179.5])
+    np.testing.assert_array_equal(found.height, HEIGHT)
+
+
+def test_heights_on_both_sides_of_greenwich_are_converted(tmp_path, geoids):
+    write_geoid(tmp_path / "proj", "us_nga_egm96_15.tif", bounds=(-3, 36, 3, 41))
+    lon = np.array([359.5, 0.5, 0.0, 359.0])
+    path = write_csv(tmp_path / "p.csv", lon=lon, datum=[ELLIPSOID] * 4)
+    found = read(path, box=(-2.0, 38.0, 2.0, 39.0))
+    expected = HEIGHT - separation(np.where(lon > 180, lon - 360, lon), LAT)
+    np.testing.assert_allclose(found.height, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("lon", "west", "east"),
+    [
+        ([5.0], 5.0, 5.0),
+        ([-0.5, 0.5], -0.5, 0.5),
+        ([-100.0, 70.0], -100.0, 70.0),
+        ([179.5, -179.5, 178.0], 178.0, -179.5),
+        ([-180.0, 179.0], 179.0, -180.0),
+        ([-170.0, -20.0, 100.0, 170.0], -20.0, -170.0),
+        ([0.0, 10.0, 100.0, -100.0], -100.0, 100.0),
+    ],
+)
+def test_the_box_of_places_leaves_out_the_largest_gap(lon, west, east):
+    assert box_around(np.array(lon), np.zeros(len(lon))) == (west, 0.0, east, 0.0)
+
+
+@given(st.lists(st.floats(-180, 180, exclude_max=True), min_size=1, max_size=9))
+def test_the_box_of_places_holds_them_all_and_none_is_narrower(lon):
+    west, _, east, _ = box_around(np.array(lon), np.zeros(len(lon)))
+    width = (east - west) % 360
+    assert all((x - west) % 360 <= width + 1e-9 for x in lon)
+    assert width <= min(max((x - start) % 360 for x in lon) for start in lon) + 1e-9
 
 
 # Datums.

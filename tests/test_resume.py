@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import struct
 import subprocess
 import time
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 
 from aeheight.errors import InputError
 from aeheight.events import EVENTS
-from aeheight.journal import Last
+from aeheight.journal import Journal, Last
 from aeheight.models import Checkpoint
 from aeheight.receipts import Ledger
 from aeheight.recipe import Recipe
@@ -50,11 +51,11 @@ class Mortal:
     def __getattr__(self, name):
         return getattr(self._ground, name)
 
-    def read(self, spot):
+    def read(self, spot, margin=0):
         self.left -= 1
         if self.left < 0:
             raise Killed
-        return self._ground.read(spot)
+        return self._ground.read(spot, margin)
 
 
 @pytest.mark.parametrize("averaging", [None, 0.9])
@@ -227,6 +228,44 @@ def test_tensorboard_reads_the_events(tmp_path):
         (300, "validation_rmse"): (1e9 + 7.5, np.float32(0.1)),
         (300, "loss"): (1e9 + 7.5, np.float32(1e-9)),
     }
+
+
+@pytest.mark.parametrize("epoch", [2, 3])
+def test_no_epoch_is_lost_that_ended_just_before_a_kill(
+    aeheight, small_run, regions, monkeypatch, epoch
+):
+    """Its state was kept, and it was not told of yet; after the last epoch, too."""
+    region = regions.write("killed", model={"architecture": "unet", "epochs": 3})
+    copy_cube(small_run, region)
+    tell = Journal.tell
+
+    def killed(journal):
+        if journal.history[-1]["epoch"] == epoch:
+            raise Killed
+        tell(journal)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "tell", killed)
+        with pytest.raises(Killed):
+            aeheight("train", region.path)
+    model = region.store / "model"
+    assert steps_of(model / EVENTS) == [*range(epoch)]
+    result = aeheight("train", region.path)
+    assert result.code == 0, result.err
+    assert steps_of(model / EVENTS) == [0, 1, 2, 3]
+    rows = (model / "history.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["epoch", "0", "1", "2", "3"]
+
+
+def steps_of(path):
+    """The steps of an event file's records: a frame is length, CRC, event, CRC."""
+    data, steps = path.read_bytes(), []
+    while data:
+        (size,) = struct.unpack("<Q", data[:8])
+        event, data = data[12 : 12 + size], data[16 + size :]
+        if event[9] == 0x10:  # behind the wall time: a step, below 128 here
+            steps.append(event[10])
+    return steps
 
 
 # --- bad input ---------------------------------------------------------------------------------

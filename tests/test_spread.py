@@ -11,15 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aeheight.beside import Beside, layers_of
-from aeheight.embeddings import BANDS, NODATA, valid
+from aeheight.embeddings import BANDS, NODATA, encode, valid
 from aeheight.grid import Grid
 from aeheight.models import Checkpoint
 from aeheight.novelty import Novelty, Sample
 from aeheight.novelty import fit as fit_novelty
+from aeheight.patches import Patch
 from aeheight.ridge import RidgeSums
 from aeheight.settings import CubeSettings, PredictSettings, SplitSettings
 from aeheight.splits import TEST, TRAIN, VALIDATION, draw_split
-from aeheight.spread import FARTHEST, Errors, Head, Spread, cells_of, fit
+from aeheight.spread import FARTHEST, Errors, Head, Spread, fit
 from aeheight.steps.cover import template
 from aeheight.template import Template
 from aeheight.windows import whole
@@ -157,15 +158,6 @@ def test_cross_fitted_errors_are_those_of_ridges_fitted_by_hand():
         ridge = RidgeSums.of(codes[:, ~here], heights[~here]).solve(1e-3)
         expected = ridge.predict(codes[:, here]) - heights[here]
         np.testing.assert_allclose(found.metres[here], expected, atol=1e-3)
-
-
-def test_cells_tell_pieces_rows_and_columns_apart():
-    there = np.zeros((70, 100), bool)
-    there[[0, 31, 32, 0, 0, 69], [0, 31, 0, 32, 99, 99]] = True
-    cells = cells_of(0, there)  # in the order of the rows
-    assert cells[0] == cells[3]  # (0, 0) and (31, 31)
-    assert np.unique(cells).size == 5
-    assert not set(cells) & set(cells_of(1, there))
 
 
 def test_half_width_is_the_factor_times_the_exponential():
@@ -331,24 +323,52 @@ def test_real_intervals_hold_nine_in_ten_on_ground_left_out():
     with rasterio.open(folder / "srtm3_900m_west.tif") as source:
         height = source.read(1)
     known = valid(codes) & np.isfinite(height)
-    held = [coverage(codes, height, known, fold) for fold in range(5)]
+    split = SplitSettings(block=20, buffer=2, validation=0.1, folds=5)
+    folds = [split.model_copy(update={"fold": fold}) for fold in range(5)]
+    held = [coverage(codes, height, known, fold) for fold in folds]
     assert 0.87 < np.mean(held) < 0.93
     assert min(held) > 0.85  # a fold is some twenty blocks of test ground
     assert max(held) < 0.97
 
 
-def coverage(codes, height, known, fold):
-    split = SplitSettings(block=20, buffer=2, validation=0.1, folds=5, fold=fold)
+@pytest.mark.slow
+def test_intervals_hold_on_smooth_ground():
+    """Embeddings and errors that go together over some 50 px, in blocks of 128 px."""
+    held = []
+    for seed in range(3):
+        codes, height = smooth_ground(seed, edge=768, scale=25)
+        split = SplitSettings(block=128, buffer=16, seed=seed)
+        held.append(coverage(codes, height, valid(codes), split))
+    assert 0.83 < np.mean(held) < 0.95
+    assert min(held) > 0.78
+
+
+def smooth_ground(seed, edge, scale):
+    """Codes (64, edge, edge) of smooth fields; heights that follow them and the place."""
+    rng = np.random.default_rng(seed)
+    waves = np.hypot(np.fft.fftfreq(edge)[:, None], np.fft.rfftfreq(edge))
+    spectrum = np.fft.rfft2(rng.normal(size=(17, edge, edge)))
+    fields = np.fft.irfft2(spectrum * np.exp(-((2 * np.pi * scale * waves) ** 2) / 2))
+    fields /= fields.std(axis=(1, 2), keepdims=True)
+    values = np.tensordot(rng.normal(size=(BANDS, 16)), fields[:16], 1)
+    codes = encode(values / np.linalg.norm(values, axis=0))
+    height = 100 + 20 * fields[0] + 10 * fields[16] + rng.normal(size=(edge, edge))
+    return codes, height.astype(np.float32)
+
+
+def coverage(codes, height, known, split):
+    """Of a ridge regression's intervals on test ground, as training makes them."""
     use = draw_split(split, height.shape, whole(height.shape), split.test, split.validation)
     train, validation, test = (known & (use == ground) for ground in (TRAIN, VALIDATION, TEST))
-    ridge = RidgeSums.of(codes[:, train], height[train]).solve(1e-3)
-    plain = Errors.of_ridge(codes[:, train], height[train], cells_of(0, train), 1e-3, 0)
-    errors = ridge.predict(codes[:, validation]) - height[validation].astype(np.float64)
-    held_out = Errors(codes[:, validation], errors, cells_of(0, validation))
-    spread = fit(plain, held_out, errors, 0)
+    blocks = Patch(codes, height, None, use).blocks(split.block)
     trained, validated = Sample(0), Sample(0)
-    trained.add(codes[:, train])
-    validated.add(codes[:, validation])
+    trained.add(codes[:, train], height[train], blocks[train])
+    validated.add(codes[:, validation], height[validation], blocks[validation])
+    ridge = RidgeSums.of(codes[:, train], height[train]).solve(1e-3)
+    plain = Errors.of_ridge(trained.codes, *trained.facts, 1e-3, 0)
+    errors = ridge.predict(validated.codes) - validated.facts[0].astype(np.float64)
+    held_out = Errors(validated.codes, errors, validated.facts[1])
+    spread = fit(plain, held_out, errors, 0)
     novelty = fit_novelty(trained, validated, 0).distance(codes[:, test])
     width = spread.half_width(codes[:, test], novelty)
     return np.mean(np.abs(ridge.predict(codes[:, test]) - height[test]) <= width)

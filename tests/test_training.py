@@ -42,18 +42,29 @@ class Arrays:
     prior: np.ndarray | None = None
     patches: int = 16
 
-    def _cut(self, rows, cols):
-        prior = None if self.prior is None else self.prior[rows, cols]
+    block: int = 16
+
+    def _cut(self, row, col, height, width):
+        """What lies there; nothing past the edges."""
+        rows, cols = np.arange(row, row + height), np.arange(col, col + width)
+        inside = np.logical_and.outer((rows >= 0) & (rows < EDGE), (cols >= 0) & (cols < EDGE))
+        at = np.ix_(rows.clip(0, EDGE - 1), cols.clip(0, EDGE - 1))
+        prior = None if self.prior is None else np.where(inside, self.prior[at], np.nan)
         return Patch(
-            self.codes[:, rows, cols], self.height[rows, cols], prior, self.use[rows, cols]
+            np.where(inside, self.codes[:, *at], NODATA),
+            np.where(inside, self.height[at], np.nan),
+            prior,
+            np.where(inside, self.use[at], UNUSED).astype(np.uint8),
+            (0, row, col),
         )
 
-    def read(self, spot):
-        return self._cut(slice(spot[0], spot[0] + PATCH), slice(spot[1], spot[1] + PATCH))
+    def read(self, spot, margin=0):
+        edge = PATCH + 2 * margin
+        return self._cut(spot[0] - margin, spot[1] - margin, edge, edge)
 
     def sweep(self):
         for row in range(0, EDGE, 80):
-            yield self._cut(slice(row, row + 80), slice(None))
+            yield self._cut(row, 0, min(80, EDGE - row), EDGE)
 
     def epoch(self, number):
         corners = np.random.default_rng(number).integers(0, EDGE - PATCH, (self.patches, 2))
@@ -298,9 +309,9 @@ class Recorder:
     def __getattr__(self, name):
         return getattr(self._ground, name)
 
-    def read(self, spot):
+    def read(self, spot, margin=0):
         self.reads.append(spot)
-        return self._ground.read(spot)
+        return self._ground.read(spot, margin)
 
 
 def test_the_last_batch_is_filled_up(ground):

@@ -18,18 +18,22 @@ from aeheight.trust import FEWEST, RADIUS, WHOLE, Held, Trust, earned
 UNET = ModelSettings(architecture="unet", patch=64)
 
 
+def held(errors, relief, level, block=0):
+    return Held(errors, relief, level, np.full(len(errors), block))
+
+
 def patches(factor, noise, level=0.0, number=12, seed=0):
     """Errors that are `factor` times a relief of SD 1, and `level` times a level, and noise."""
     rng = np.random.default_rng(seed)
-    for _ in range(number):
+    for block in range(number):
         relief, levels, errors = rng.normal(size=(3, 400))
-        yield Held(factor * relief + level * levels + noise * errors, relief, levels)
+        yield held(factor * relief + level * levels + noise * errors, relief, levels, block)
 
 
 def test_a_correction_that_explains_everything_is_believed():
     trust = earned(patches(1, 0, level=1))
-    assert (trust.relief, trust.level) == pytest.approx((1, 1), abs=1e-9)
-    assert trust.rmse == pytest.approx(0, abs=1e-6)
+    assert (trust.relief, trust.level) == pytest.approx((1, 1), abs=0.01)
+    assert trust.rmse == pytest.approx(0, abs=0.01)
 
 
 def test_a_relief_is_shrunk_to_what_it_earns_and_the_level_is_not_believed():
@@ -44,15 +48,25 @@ def test_half_explained_is_half_way():
     level *= np.linalg.norm(relief) / np.linalg.norm(level)
     level -= relief * (relief @ level) / (relief @ relief)  # at right angles
     errors = relief + level * 0
-    held = Held(errors, relief / 2, 0 * level)  # 1 - 0.5² of it is explained
-    assert earned([held] * 8).level == 1
-    weak = Held(errors, (1 - np.sqrt(0.5)) * relief, 0 * level)
-    assert earned([weak] * 8).level == pytest.approx(0.5)
+    half = [held(errors, relief / 2, 0 * level, block) for block in range(8)]
+    assert earned(half).level == 1  # 1 - 0.5² of it is explained
+    part = (1 - np.sqrt(0.5)) * relief
+    weak = [held(errors, part, 0 * level, block) for block in range(8)]
+    assert earned(weak).level == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("held", [[], list(patches(1, 1, number=FEWEST - 1))])
-def test_too_little_ground_earns_nothing_of_a_weak_correction(held):
-    trust = earned([replace(each, errors=3 * each.errors) for each in held])
+def test_a_level_that_is_right_believes_no_relief_that_is_noise():
+    rng = np.random.default_rng(0)
+    parts = [rng.normal(size=(2, 400)) for _ in range(20)]
+    trust = earned([held(level, noise / 2, level, k) for k, (level, noise) in enumerate(parts)])
+    assert trust.level == 1
+    assert trust.relief == pytest.approx(0, abs=0.01)
+    assert trust.rmse == pytest.approx(0, abs=0.01)
+
+
+@pytest.mark.parametrize("pieces", [[], list(patches(1, 1, number=FEWEST - 1))])
+def test_too_little_ground_earns_nothing_of_a_weak_correction(pieces):
+    trust = earned([replace(each, errors=3 * each.errors) for each in pieces])
     assert (trust.relief, trust.level) == (0, 0)
 
 
@@ -61,15 +75,39 @@ def test_chance_is_hardly_ever_believed():
     assert np.mean(np.array(believed) > 0) < 0.08
 
 
+@pytest.mark.parametrize("pieces", [1, 4, 16])
+def test_neighbours_of_one_block_are_no_proof(pieces):
+    """Six blocks of ground whose errors follow the relief by chance, each in its own way."""
+    believed = []
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        slopes = np.repeat(rng.normal(size=FEWEST), pieces)
+        reliefs = rng.normal(size=(len(slopes), 60))
+        noise = 0.3 * rng.normal(size=reliefs.shape)
+        parts = zip(slopes, reliefs, noise, range(len(slopes)), strict=True)
+        trust = earned([held(s * r + n, r, 0 * r, k // pieces) for s, r, n, k in parts])
+        believed.append(trust.relief > 0)
+    assert np.mean(believed) < 0.1
+
+
+def test_one_block_that_outweighs_all_others_proves_nothing():
+    relief = np.random.default_rng(0).normal(size=400)
+    sizes = [1e9, *[1e-3] * 9]
+    pieces = [held(size * relief, size * relief, 0 * relief, k) for k, size in enumerate(sizes)]
+    trust = earned([replace(each, errors=4 * each.errors) for each in pieces])
+    assert (trust.relief, trust.level) == (0, pytest.approx(0.3125))
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.floats(-2, 3), st.floats(0, 3), st.floats(-2, 3), st.integers(1, 20), st.integers(0, 99))
 def test_on_the_ground_that_it_was_earned_on_it_never_harms(factor, noise, level, number, seed):
-    held = list(patches(factor, noise, level, number, seed))
-    trust = earned(held)
-    left = [h.errors - trust.relief * h.relief - trust.level * h.level for h in held]
+    pieces = list(patches(factor, noise, level, number, seed))
+    trust = earned(pieces)
+    left = [h.errors - trust.relief * h.relief - trust.level * h.level for h in pieces]
     rmse = np.sqrt(np.mean(np.square(left)))
-    assert rmse <= np.sqrt(np.mean([h.errors**2 for h in held])) + 1e-9
-    assert 0 <= trust.level <= trust.relief <= 1
+    assert rmse <= np.sqrt(np.mean([h.errors**2 for h in pieces])) + 1e-9
+    assert 0 <= trust.level <= 1
+    assert 0 <= trust.relief <= 1
     if trust.rmse is not None:
         assert trust.rmse == pytest.approx(rmse, abs=1e-6)
 

@@ -53,7 +53,7 @@ class Points:
     """Reference heights in one vertical datum, all arrays (n,)."""
 
     lon: Floats
-    """Degrees east, WGS 84."""
+    """Degrees east, WGS 84; -180 to below 180."""
     lat: Floats
     """Degrees north."""
     height: Floats
@@ -156,6 +156,7 @@ def _read(href: str, file: IO[bytes], boxes: Sequence[Bounds]) -> _Table:
     for batch in batches:
         lon, lat = place(batch)
         known = (np.abs(lon) <= 360) & (np.abs(lat) <= 90)  # NaN is not
+        lon = _signed(lon)
         inside = known & _inside(lon, lat, boxes)
         _drop(dropped, "no place", ~known)
         _drop(dropped, "outside the region", known & ~inside)
@@ -175,6 +176,11 @@ def _read(href: str, file: IO[bytes], boxes: Sequence[Bounds]) -> _Table:
 def _drop(dropped: Counter[str], reason: str, rows: NDArray[np.bool_]) -> None:
     if count := int(rows.sum()):
         dropped[reason] += count
+
+
+def _signed(lon: Floats) -> Floats:
+    """Longitudes of -360..360 degrees as -180 to below 180, without rounding."""
+    return np.where(lon >= 180, lon - 360, np.where(lon < -180, lon + 360, lon))
 
 
 def _inside(lon: Floats, lat: Floats, boxes: Sequence[Bounds]) -> NDArray[np.bool_]:
@@ -357,7 +363,7 @@ def _converted(
         mine = names == name
         try:
             check_datum(name, "datum")
-            box = _box(lon[mine], lat[mine])
+            box = box_around(lon[mine], lat[mine])
             shift = plan_shift(name, target, box, "their", "or convert the points first")
         except InputError as error:
             problems.append(f"{int(mine.sum())} points: {error}")
@@ -373,9 +379,17 @@ def _converted(
     return out, tuple(shifts)
 
 
-def _box(lon: Floats, lat: Floats) -> Bounds:
-    """West, south, east, north around places; across the 180th meridian west is above east."""
-    south, north = float(lat.min()), float(lat.max())
-    if np.ptp(lon) > 180:
-        return float(lon[lon > 0].min()), south, float(lon[lon < 0].max()), north
-    return float(lon.min()), south, float(lon.max()), north
+def box_around(lon: Floats, lat: Floats) -> Bounds:
+    """West, south, east, north around (n,) places, without the widest gap between longitudes.
+
+    Where that gap is not the one across the 180th meridian, west is above east.
+
+    Args:
+        lon: degrees, -180 to 180.
+        lat: degrees.
+    """
+    around = np.sort(lon)
+    gaps = np.append(np.diff(around), around[0] + 360 - around[-1])
+    widest = int(len(gaps) - 1 - gaps[::-1].argmax())  # of equal ones the last
+    west, east = around[(widest + 1) % len(around)], around[widest]
+    return float(west), float(lat.min()), float(east), float(lat.max())

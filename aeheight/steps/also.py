@@ -8,6 +8,7 @@ from aeheight.errors import InputError
 from aeheight.models import Further
 from aeheight.receipts import Ledger
 from aeheight.settings import RegionSettings, fingerprint
+from aeheight.steps.leaks import leaks
 from aeheight.steps.run import ASKED, cube_shards
 from aeheight.store import Store
 
@@ -37,7 +38,8 @@ def other_cubes(settings: RegionSettings, own: Tree) -> list[Other]:
 
     Raises:
         InputError: one is missing, not finished, without a split, or of another resolution, kind
-            of grid, surface or vertical datum; says which.
+            of grid, surface or vertical datum, or teaches ground that this run tests or validates
+            on; says which.
     """
     trees = [_opened(store) for store in settings.also]
     seen = {own.identity: "this run itself"}
@@ -48,7 +50,10 @@ def other_cubes(settings: RegionSettings, own: Tree) -> list[Other]:
             )
         seen[tree.identity] = store
         _refuse_other(store, tree, settings, own)
-    return [_whole(store, tree) for store, tree in zip(settings.also, trees, strict=True)]
+    others = [_whole(store, tree) for store, tree in zip(settings.also, trees, strict=True)]
+    for store, other in zip(settings.also, others, strict=True):
+        _refuse_leak(store, other.tree, settings, own)
+    return others
 
 
 def _opened(uri: str) -> Tree:
@@ -99,6 +104,15 @@ def _refuse_other(uri: str, tree: Tree, settings: RegionSettings, own: Tree) -> 
             f"also: the cube of {uri} cannot be trained on together with this run's:\n  "
             + "\n  ".join(different)
             + "\ntake it out of `also`, or ingest it alike"
+        )
+
+
+def _refuse_leak(uri: str, tree: Tree, settings: RegionSettings, own: Tree) -> None:
+    if count := leaks(settings, own, tree):
+        raise InputError(
+            f"also: {uri} trains or validates on {count} pixels of ground that this run tests or "
+            "validates on, so its test would be flattered; give the two grids or splits that do "
+            "not overlap (`split.test` may be bounds or a GeoJSON file), or take it out of `also`"
         )
 
 

@@ -8,9 +8,11 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from aeheight.calibration import calibrate
 from aeheight.cluster import Outcome
@@ -23,16 +25,19 @@ from aeheight.models import Checkpoint
 from aeheight.receipts import Ledger, Receipt, receipt_for, versions
 from aeheight.settings import fingerprint
 from aeheight.sources.points import Points, read_points
+from aeheight.spread import LEVEL
 from aeheight.steps.places import DEGREES, map_at, pixels_on, plane_of, probes
 from aeheight.steps.predict import MODEL
 from aeheight.steps.run import Plan, Run, carry_out
 from aeheight.store import Store
-from aeheight.template import Shard, Template
+from aeheight.template import Layer, Shard, Template
 
 TREE, LEDGER, FOLDER = "calibrated.zarr", "calibrated", "calibration"
 """Under the run's store: the corrected map, its receipts, and what the correction is."""
 RESULT = "calibration.json"
 _FORMAT = 1
+_DEVIATIONS = NormalDist().inv_cdf((1 + LEVEL) / 2)
+"""Half a normal error's interval of the spread's level, in standard deviations."""
 _MOST = 10_000
 """Points that a correction is fitted to: more would not move it, and take minutes."""
 
@@ -127,7 +132,19 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
         "NMAD": f"{before['nmad']:.2f} -> {after['nmad']:.2f} m, a gain of "
         f"{trial['gain_nmad']:.2f} ± {trial['gain_nmad_error']:.2f} m",
         "median": f"{before['median']:.2f} -> {after['median']:.2f} m",
+        **_spread_holds(trial),
         "near_points": f"{100 * trial['coverage']:.0f} % of the map; what is far stays as it is",
+    }
+
+
+def _spread_holds(trial: Mapping[str, Any]) -> dict[str, str]:
+    """What the interval of the spread holds, where the map has one and this was told."""
+    before, after = trial.get("within_before"), trial.get("within_after")
+    if before is None or after is None:
+        return {}
+    return {
+        "spread": f"holds {100 * before:.0f} -> {100 * after:.0f} % of the points, and should hold "
+        f"{100 * LEVEL:.0f} %; it stays as it is"
     }
 
 
@@ -214,7 +231,7 @@ def _proven(run: Run, heights: Tree, points: Points, href: str) -> dict[str, Any
     if not len(ground[0]):
         ground = x, y
     try:
-        correction, trial = calibrate(samples, *ground)
+        correction, trial = calibrate(samples, *ground, _allowed(heights, year, points, known))
     except InputError as error:
         told = ", ".join(f"{count} {why}" for why, count in dropped.items()) or "none"
         raise InputError(f"{href}: {error}\n  dropped, of {points.rows} points: {told}") from error
@@ -239,6 +256,20 @@ def _proven(run: Run, heights: Tree, points: Points, href: str) -> dict[str, Any
     }
 
 
+def _allowed(
+    heights: Tree, year: int, points: Points, known: NDArray[np.bool_]
+) -> NDArray[np.float64] | None:
+    """(n,) how far off a map promises some points to be at most, metres; None: it tells no spread.
+
+    A point errs too: its own interval of the same level adds to the spread in quadrature, as
+    independent normal errors do.
+    """
+    if not any(layer.name == "spread" for layer in heights.template.layers):
+        return None
+    spread = map_at(heights, year, points.lon[known], points.lat[known], "spread")
+    return np.hypot(spread, _DEVIATIONS * points.sigma[known])
+
+
 def _judged_year(run: Run, template: Template) -> int:
     """The first year that the model was trained on, else the first: points carry no year."""
     checkpoint = Checkpoint.from_bytes(run.ledger("heights").store.read(MODEL))
@@ -254,9 +285,17 @@ def _template(heights: Template, correction: Mapping[str, Any]) -> Template:
     }
     height = heights.layer("height")
     corrected = replace(height, attributes={**height.attributes, **about})
-    others = tuple(layer for layer in heights.layers if layer.name != "height")
+    others = tuple(_of_before(layer) for layer in heights.layers if layer.name != "height")
     title = heights.title.replace("heights", "calibrated heights", 1)
     return replace(heights, layers=(corrected, *others), title=title)
+
+
+def _of_before(layer: Layer) -> Layer:
+    """A layer that is carried over; a spread says which heights it is of."""
+    if layer.name != "spread":
+        return layer
+    named = f"{layer.attributes.get('long_name', 'spread')}, of the heights before the correction"
+    return replace(layer, attributes={**layer.attributes, "long_name": named})
 
 
 @dataclass(frozen=True, slots=True)

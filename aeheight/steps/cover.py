@@ -62,7 +62,7 @@ def settled(settings: PredictSettings, checkpoint: Checkpoint, cube: Template) -
     core = min(core, ceil(largest / STRIDE) * STRIDE)
     window = settings.window or core + 2 * halo + settings.blend
     found = settings.model_copy(update={"halo": halo, "window": window})
-    if checkpoint.weights:
+    if checkpoint.corrects:
         check_windows(found)
     shard = settings.shard or _shard(lattice(found, (1, 1)).stride, cube.cut, largest)
     return found.model_copy(update={"shard": shard})
@@ -70,7 +70,7 @@ def settled(settings: PredictSettings, checkpoint: Checkpoint, cube: Template) -
 
 def halo_of(checkpoint: Checkpoint) -> int:
     """Pixels that a window's result must lose for seams below 1 % of the map's own RMSE."""
-    if not checkpoint.weights:
+    if not checkpoint.corrects:
         return 0
     if checkpoint.seams is None or checkpoint.rmse is None:
         return UNMEASURED_HALO

@@ -16,7 +16,7 @@ from aeheight.cube import Tree, checksum, find, open_tree
 from aeheight.errors import InputError, NotYetError
 from aeheight.intervals import Intervals
 from aeheight.metrics import Scatter, Stats
-from aeheight.models import Checkpoint
+from aeheight.models import Checkpoint, Provenance
 from aeheight.receipts import Ledger, Receipt, receipt_for
 from aeheight.relief import SECTORS
 from aeheight.settings import fingerprint
@@ -124,12 +124,7 @@ def execute(run: Run) -> Outcome:
     _need_height(run)
     cube = run.whole_cube()
     checkpoint = _whole_map(run, cube)
-    trained = checkpoint.provenance
-    if trained.cube == cube.identity and trained.split != split_fingerprint(run.settings):
-        raise InputError(
-            "the model was trained on another split of this very ground: its test pixels may have "
-            "been training pixels; train again with --overwrite, or set `split` back"
-        )
+    _refuse_other_split(run, cube, checkpoint.provenance)
     ledger = run.ledger("report")
     if run.options.overwrite:
         run.discard(ledger.store, run.ledger("split").store)
@@ -219,6 +214,17 @@ def _lines(run: Run, heights: Template) -> dict[str, int]:
 
 def _zones(cube: Template) -> Criterion:
     return Criterion(names={k: grid.name for k, grid in enumerate(cube.grids)})
+
+
+def _refuse_other_split(run: Run, cube: Tree, trained: Provenance) -> None:
+    learnt = [(trained.cube, trained.split)]
+    learnt += [(further.cube, further.split) for further in trained.also or ()]
+    split = split_fingerprint(run.settings)
+    if any(identity == cube.identity and known != split for identity, known in learnt):
+        raise InputError(
+            "the model was trained on another split of this very ground: its test pixels may have "
+            "been training pixels; train again with --overwrite, or set `split` back"
+        )
 
 
 def _whole_map(run: Run, cube: Tree) -> Checkpoint:

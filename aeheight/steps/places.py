@@ -29,8 +29,8 @@ def plane_of(grids: tuple[Grid, ...]) -> str:
     return f"+proj=aeqd +lon_0={lon:.6f} +lat_0={lat:.6f} +datum=WGS84 +units=m +type=crs"
 
 
-def map_at(heights: Tree, year: int, lon: Floats, lat: Floats) -> Floats:
-    """The map at (n,) places, metres; NaN where it has no height.
+def map_at(heights: Tree, year: int, lon: Floats, lat: Floats, layer: str = "height") -> Floats:
+    """A layer of the map at (n,) places, metres; NaN where it has no value.
 
     Between pixel centres it is interpolated (bilinear): a footprint of 12 to 25 m sees about what
     four pixels of 10 m do. Of two zones the one counts that the place lies in.
@@ -39,7 +39,7 @@ def map_at(heights: Tree, year: int, lon: Floats, lat: Floats) -> Floats:
     for grid in heights.template.grids:
         x, y = transformer(DEGREES, grid.crs).transform(lon, lat)
         row, column = (grid.top - y) / grid.resolution, (x - grid.left) / grid.resolution
-        found = _sampled(heights, grid, year, row, column)
+        found = _sampled(heights, grid, year, row, column, layer)
         out = np.where(np.isnan(out), found, out)
     return out
 
@@ -67,7 +67,9 @@ def probes(heights: Tree, year: int, plane: str) -> tuple[Floats, Floats]:
     return np.concatenate(xs), np.concatenate(ys)
 
 
-def _sampled(heights: Tree, grid: Grid, year: int, row: Floats, column: Floats) -> Floats:
+def _sampled(
+    heights: Tree, grid: Grid, year: int, row: Floats, column: Floats, layer: str = "height"
+) -> Floats:
     """The map at places of one grid's own ground, counted in pixels from its corner; else NaN."""
     out = np.full(len(row), np.nan)
     rows, columns = grid.shape
@@ -82,7 +84,7 @@ def _sampled(heights: Tree, grid: Grid, year: int, row: Floats, column: Floats) 
         region = Region(int(corner[0]), int(corner[1]), chunk, chunk).intersect(whole(grid.shape))
         assert region is not None
         region = region.expand(1)
-        values = heights.read(grid.name, "height", year, region).astype(np.float64)
+        values = heights.read(grid.name, layer, year, region).astype(np.float64)
         values[~owned(heights.template.grids, grid, region)] = np.nan
         return members, bilinear(values, row[members] - region.row, column[members] - region.col)
 

@@ -124,7 +124,7 @@ class _Work:
         cells = ceil(settings.shard / windows.stride) + (settings.shard % windows.stride > 0)
         hull = (cells * windows.stride + 2 * windows.margin) ** 2
         batch = settings.batch * settings.window**2
-        network = _NETWORK_BYTES_PER_PIXEL if self.checkpoint.weights else BANDS * 8
+        network = _NETWORK_BYTES_PER_PIXEL if self.checkpoint.corrects else BANDS * 8
         sums = settings.shard**2 * 4 * layers * (6 if settings.blend else 2)
         return _PROCESS_BYTES + _TASKS * ((hull + 2 * batch) * (BANDS + 4) + sums) + batch * network
 
@@ -156,7 +156,7 @@ class _Work:
                 "the same window shows other ground; use a model trained at this resolution"
             )
         halo = self.settings.halo or 0
-        if len(cube.grids) > 1 and checkpoint.weights and cube.cut.halo < halo:
+        if len(cube.grids) > 1 and checkpoint.corrects and cube.cut.halo < halo:
             raise InputError(
                 f"cube.halo {cube.cut.halo} is less than predict.halo {halo}: past a zone's edge "
                 "the network would see nothing; make predict.halo smaller, or cube.halo larger"
@@ -211,7 +211,7 @@ def _halo_from(run: Run, checkpoint: Checkpoint) -> str:
     """Who says how wide the halo is."""
     if run.settings.predict.halo is not None:
         return "as asked"
-    if not checkpoint.weights:
+    if not checkpoint.corrects:
         return "none: a pixel-wise model"
     if checkpoint.seams is None:
         return "not measured: trained by an older version, which knew no novelty either"

@@ -17,7 +17,7 @@ from aeheight.settings import Bounds, RegionSettings, SplitSettings, fingerprint
 from aeheight.sources.areas import area_touches, read_area, read_shapes
 from aeheight.splits import UNUSED, USES, count_blocks, draw_split
 from aeheight.steps.run import Run
-from aeheight.template import Shard
+from aeheight.template import Shard, Template
 
 
 def split_fingerprint(settings: RegionSettings) -> str:
@@ -64,10 +64,22 @@ def record_split(run: Run) -> str:
     ledger = run.ledger("split").begin(settings)
     for shard in ledger.pending(tree.template.shards("split")):
         started = time.monotonic()
-        use = _draw(run, tree, shard)
+        use = draw(run.settings, tree.template, shard)
         digest = tree.write(shard, use)
         ledger.leave(receipt_for(shard, use, digest, use != UNUSED, ledger.key, started))
     return fingerprint(settings["split"])
+
+
+def draw(settings: RegionSettings, template: Template, shard: Shard) -> NDArray[np.uint8]:
+    """The use of every pixel of a shard: (rows, columns), a pure function of settings and grids."""
+    split, grid = settings.split, template.grid(shard.group)
+    around = shard.region.expand(split.buffer)
+    seen = grid.part(around)
+    test, validation = (
+        read_area(settings, wanted, seen) for wanted in (split.test, split.validation)
+    )
+    foreign = ~owned(template.grids, grid, around)
+    return draw_split(split, grid.shape, shard.region, test, validation, foreign)
 
 
 def check_split(settings: RegionSettings, grids: Sequence[Grid], *, trains: bool = False) -> None:
@@ -108,7 +120,7 @@ def check_split(settings: RegionSettings, grids: Sequence[Grid], *, trains: bool
         raise InputError(
             f"split: of {one.number} blocks {one.test} test and {one.validation} validate, which "
             f"leaves none to train on; lower the shares, or make split.block ({split.block} px) "
-            "smaller"
+            "smaller (or give a region that only tests another's model, by --checkpoint)"
         )
 
 
@@ -209,14 +221,3 @@ def _embedded(tree: Tree, shard: Shard) -> NDArray[np.bool_]:
     for year in tree.template.years:
         found |= valid(tree.read(shard.group, "embedding", year, shard.region))
     return found
-
-
-def _draw(run: Run, tree: Tree, shard: Shard) -> NDArray[np.uint8]:
-    settings, grid = run.settings.split, tree.template.grid(shard.group)
-    seen = grid.part(shard.region.expand(settings.buffer))
-    test, validation = (
-        read_area(run.settings, wanted, seen) for wanted in (settings.test, settings.validation)
-    )
-    around = shard.region.expand(settings.buffer)
-    foreign = ~owned(tree.template.grids, grid, around)
-    return draw_split(settings, grid.shape, shard.region, test, validation, foreign)

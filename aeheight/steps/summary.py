@@ -179,7 +179,8 @@ def _provenance(run: Run, cube: Template, year: int, checkpoint: Checkpoint) -> 
         },
         "model": {
             "architecture": checkpoint.model.architecture,
-            "corrects": checkpoint.base,
+            "corrects": "kernel" if checkpoint.kernel else checkpoint.base,
+            "trust": checkpoint.trust.to_dict() if checkpoint.weights else None,
             "checkpoint": checkpoint.digest,
             "seed": checkpoint.model.seed,
             "trained_on_cube": checkpoint.provenance.cube,

@@ -11,7 +11,8 @@ from aeheight import __version__, embeddings
 from aeheight.cluster import Outcome, clock
 from aeheight.cube import Tree
 from aeheight.errors import InputError, NotYetError
-from aeheight.events import EVENTS, from_csv, tensorboard, to_csv
+from aeheight.events import EVENTS, tensorboard, to_csv
+from aeheight.journal import Last
 from aeheight.models import Checkpoint, Provenance
 from aeheight.patches import CACHE_BYTES, FEWEST, PIXEL_BYTES, Patches
 from aeheight.receipts import Ledger
@@ -113,7 +114,6 @@ def execute(run: Run) -> Outcome:
         return Outcome(0, 1, {}, 0.0, 0)
     need_ground(run)
     checkpoint = _trained(run, tree, others, split, asked | {"ground": ground})
-    run.model.write(_HISTORY, to_csv(checkpoint.history))
     run.model.write(_GROUND, json.dumps(ground).encode())
     run.model.write(BEST, checkpoint.to_bytes())
     run.model.remove(_LAST)
@@ -146,7 +146,7 @@ def _trained(
     run: Run, tree: Tree, others: Sequence[Other], split: str, asked: Mapping[str, Any]
 ) -> Checkpoint:
     # Here, not above: workers that predict need neither Lightning nor its seconds of loading.
-    from aeheight.training import Last, fit  # noqa: PLC0415
+    from aeheight.training import Machine, fit  # noqa: PLC0415
 
     settings, model = run.settings, run.settings.model
     assert settings.height is not None
@@ -166,22 +166,64 @@ def _trained(
         model.patch,
         model.seed,
         model.patches_per_epoch,
+        block=settings.split.block,
         also=[other.tree for other in others],
     )
-    key = fingerprint({**asked, "version": __version__})
-    journal = _Journal(run.model, model.epochs, as_json=run.options.as_json)
+    machine = Machine()
+    key = fingerprint({**asked, "version": __version__, "machine": machine.facts()})
+    last = Last(run.model, _LAST, key)
+    journal = _Journal(run.model, model.epochs, last, as_json=run.options.as_json)
+    _tell_of_ground(run, others)
     try:
-        return fit(
+        checkpoint = fit(
             ground,
             model,
             settings.base,
             provenance,
             journal.note,
             on_progress=journal.progress,
-            last=Last(run.model, _LAST, key),
+            last=last,
+            machine=machine,
         )
     except SystemExit as stopped:  # what Lightning makes of an interrupt
         raise KeyboardInterrupt from stopped
+    journal.close(checkpoint.history)
+    _tell_of_trust(run, checkpoint)
+    return checkpoint
+
+
+def _tell_of_ground(run: Run, others: Sequence[Other]) -> None:
+    """What goes into the training besides the region's own cube, and what was done before."""
+    if others:
+        also = [str(store) for store in run.settings.also]
+        _say(
+            run.options.as_json,
+            {"step": "train", "also": also},
+            f"train     with the ground of {', '.join(also)} too",
+        )
+    if run.model.exists(_LAST):
+        _say(
+            run.options.as_json,
+            {"step": "train", "note": "goes on"},
+            "train     was interrupted before: it goes on at the end of its last epoch",
+        )
+
+
+def _tell_of_trust(run: Run, checkpoint: Checkpoint) -> None:
+    """How much of the network will be in the map."""
+    if not checkpoint.weights or checkpoint.base == "none":
+        return
+    trust = checkpoint.trust
+    proven = (
+        f"{trust.relief:.0%} of its detail and {trust.level:.0%} of its level"
+        if checkpoint.corrects
+        else "nothing of it: the map will be the base alone, without the network"
+    )
+    _say(
+        run.options.as_json,
+        {"step": "train", "trust": trust.to_dict()},
+        f"train     held-out ground proves of what the network adds: {proven}",
+    )
 
 
 @dataclass(slots=True)
@@ -190,26 +232,36 @@ class _Journal:
 
     model: Store
     epochs: int
+    last: Last
     as_json: bool
     started: float = field(default_factory=time.time)
-    records: list[dict[str, float]] = field(default_factory=list)
+    records: list[Mapping[str, float]] = field(default_factory=list)
 
     def note(self, record: Mapping[str, Any]) -> None:
         """One epoch."""
         _say(self.as_json, {"step": "train", **record}, _line(record, self.epochs))
-        kept = {key: value for key, value in record.items() if key != "eta_seconds"}
         if record["epoch"] and not self.records:
             self._recall(record)
-        self.records.append(kept)
-        self.model.write(_HISTORY, to_csv(self.records))
-        self.model.write(EVENTS, tensorboard(self.records, self.started))
+        self.records.append({key: value for key, value in record.items() if key != "eta_seconds"})
+        self._keep()
 
     def _recall(self, record: Mapping[str, Any]) -> None:
-        """The epochs before a training was taken up."""
+        """The epochs before a training was taken up, also one that ended but was not told of."""
         self.started = time.time() - record["seconds"]
-        if self.model.exists(_HISTORY):
-            rows = from_csv(self.model.read(_HISTORY))
-            self.records = [row for row in rows if row["epoch"] < record["epoch"]]
+        state = self.last.load()  # the state is kept before an epoch is told
+        known = state["journal"]["history"] if state else []
+        self.records = [row for row in known if row["epoch"] < record["epoch"]]
+
+    def close(self, history: Sequence[Mapping[str, float]]) -> None:
+        """All epochs: the last may have ended just before a training was killed."""
+        if not self.records:
+            self.started = time.time() - history[-1]["seconds"]
+        self.records = list(history)
+        self._keep()
+
+    def _keep(self) -> None:
+        self.model.write(_HISTORY, to_csv(self.records))
+        self.model.write(EVENTS, tensorboard(self.records, self.started))
 
     def progress(self, record: Mapping[str, Any]) -> None:
         """Within an epoch."""

@@ -33,7 +33,7 @@ from aeheight.novelty import Novelty
 from aeheight.predictor import Predictor
 from aeheight.settings import ModelSettings
 from aeheight.splits import TEST, TRAIN, VALIDATION
-from aeheight.spread import Errors, Head, Spread, cells_of
+from aeheight.spread import Errors, Head, Spread
 from aeheight.spread import fit as fit_spread
 from aeheight.training import fit
 from pipelines.experiment_grounds import GROUNDS, Arrays, load
@@ -60,7 +60,8 @@ def trial(ground: Arrays, base: Base, model: ModelSettings) -> Iterator[tuple[st
     codes, novelty = ground.codes[:, where[2]], made["novelty"][where[2]]
     spread = made["spread"][where[2]]
     yield "spread", Intervals.of(test, spread)
-    held_out = Errors(ground.codes[:, where[1]], validation, cells_of(0, where[1]))
+    blocks = ground.cut(0, 0, *ground.use.shape).blocks(ground.block)[where[1]]
+    held_out = Errors(ground.codes[:, where[1]], validation, blocks)
     nothing = Errors(codes[:, :0], np.empty(0), np.empty(0, np.int64))
     if alone := fit_spread(held_out, nothing, np.empty(0), model.seed):
         yield "validation alone", Intervals.of(test, alone.half_width(codes, novelty))
