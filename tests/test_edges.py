@@ -280,9 +280,8 @@ def test_a_map_may_be_cut_unlike_its_cube(
     key = ledger.current().key
     ledger.leave(receipt_for(first, values, "x", ~np.isnan(values), key, 0.0))
     shown = aeheight("evaluate", run.path, "--plan", "--json")
-    assert (
-        json.loads(shown.out)["pending"] == (math.ceil(shard / 64) + 1) ** 2
-    )  # seen from beside too
+    seen = math.ceil(shard / 64) + 1  # of those beside it two pixels are seen
+    assert json.loads(shown.out)["pending"] == seen**2
 
 
 def test_novelty_is_a_criterion_and_a_map(again: Callable[..., Run]) -> None:
