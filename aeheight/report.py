@@ -148,6 +148,7 @@ def render(report: Report) -> str:
         novel=_novel_share(report.metrics.get("by", {}).get("novelty", ()), split),
         hardness=_hardness(report.metrics.get("shift", {})),
         buffer=_buffer(report.metrics.get("correlation", {})),
+        contiguous=not isinstance(_split(report.metrics).get("test", 0.0), int | float),
         intervals=list(_intervals(report.metrics, split)),
         interval=report.metrics.get("intervals", {}).get("model", {}).get(split),
         zones=list(_zones(report.metrics.get("zones", ()), headline.get("rmse"))),
@@ -309,6 +310,13 @@ def _hardness(shift: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
         "test": test if moved is not None else None,
         "relative": moved / spread if moved is not None and spread else None,
     }
+
+
+def _split(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The region's `split`; empty where the metrics do not tell."""
+    settings = metrics.get("provenance", {}).get("settings", {})
+    found: Mapping[str, Any] = settings.get("split", {})
+    return found
 
 
 def _buffer(correlation: Mapping[str, Any]) -> dict[str, Any] | None:
