@@ -151,7 +151,9 @@ def execute(run: Run) -> Outcome:
     if found is not None and _judged(found) == _judged(settings) and found != settings:
         ledger.discard()  # other classes, such as those of later heights: sums are made again
     ledger = ledger.begin(settings)
-    ledger.store.write(CLASSES, classes.to_bytes())
+    named = classes.to_bytes()
+    if not ledger.store.exists(CLASSES) or ledger.store.read(CLASSES) != named:
+        ledger.store.write(CLASSES, named)
     task = SumUp(
         cube.store.uri,
         heights.store.uri,
@@ -160,7 +162,7 @@ def execute(run: Run) -> Outcome:
         run.ledger("heights").store.uri,
         ledger.store.uri,
         ledger.key,
-        fingerprint(classes.to_bytes().decode()),
+        fingerprint(named.decode()),
         tuple(criteria.items()),
         recorded["block"],
         tuple(lines.items()),
