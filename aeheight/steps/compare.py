@@ -52,7 +52,7 @@ class Judged:
         store, name = _where(place)
         try:
             data = store.read(name)
-        except (FileNotFoundError, NotADirectoryError) as error:
+        except FileNotFoundError as error:
             raise NotYetError(
                 f"{place}: there is no report at {store.uri}/{name} yet; run aeheight evaluate"
             ) from error

@@ -106,44 +106,37 @@ def _compared(
     topic: _Topic, a: Mapping[str, Any], b: Mapping[str, Any]
 ) -> tuple[list[Difference], list[str]]:
     """What differs in one topic, and which keys only one report has."""
-    first, second = (dict(_leaves(topic, told)) for told in (a, b))
-    keys = first | second if topic.named else [key for key in first if key in second]
-    differences = [
-        found for key in keys if (found := _difference(topic, key, first.get(key), second.get(key)))
-    ]
-    if not first and not second:
-        return [], [f"{topic.name}: neither tells it"] * topic.vital
-    if topic.named:
-        return differences, []
-    only_a = [key for key in first if key not in second]
-    only_b = [key for key in second if key not in first]
-    return differences, [
-        f"{topic.name}: only {name} tells {', '.join(filter(None, only)) or 'it'}"
-        for name, only in (("A", only_a), ("B", only_b))
-        if only
-    ]
-
-
-def _leaves(topic: _Topic, provenance: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     *parents, last = topic.path
-    above = part(provenance, *parents)
-    if last in above:
-        yield from _flat(above[last], "", topic.apart)
+    one, other = part(a, *parents), part(b, *parents)
+    if last not in one and last not in other:
+        return [], [f"{topic.name}: neither tells it"] * topic.vital
+    if last not in one or last not in other:
+        return [], [f"{topic.name}: only {'A' if last in one else 'B'} tells it"]
+    alone: dict[str, list[str]] = {"A": [], "B": []}
+    differences = list(_walk(topic, "", one[last], other[last], alone))
+    lines = [f"{topic.name}: only {k} tells {', '.join(keys)}" for k, keys in alone.items() if keys]
+    return differences, lines
 
 
-def _flat(value: Any, key: str, apart: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    if not isinstance(value, Mapping):
-        yield key, value
+def _walk(
+    topic: _Topic, key: str, a: Any, b: Any, alone: Mapping[str, list[str]]
+) -> Iterator[Difference]:
+    """The differences at and below a key; keys that only one has are added to `alone`."""
+    if not isinstance(a, Mapping) or not isinstance(b, Mapping):
+        if a != b:
+            yield _difference(topic, key, a, b)
         return
-    for name, inner in value.items():
-        dotted = f"{key}.{name}" if key else name
-        if dotted not in apart:
-            yield from _flat(inner, dotted, apart)
+    for name in {**a, **b}:
+        inner = f"{key}.{name}" if key else str(name)
+        if inner in topic.apart:
+            continue
+        if topic.named or (name in a and name in b):
+            yield from _walk(topic, inner, a.get(name), b.get(name), alone)
+        else:
+            alone["A" if name in a else "B"].append(inner)
 
 
-def _difference(topic: _Topic, key: str, a: Any, b: Any) -> Difference | None:
-    if a == b:
-        return None
+def _difference(topic: _Topic, key: str, a: Any, b: Any) -> Difference:
     files, others = _files(a), _files(b)
     if files is not None and others is not None and files.keys() == others.keys():
         # As receipts have it: files are known by name, and data may move.
