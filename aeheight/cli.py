@@ -32,7 +32,7 @@ _VERBS = {
     "status": "what is done and what is left",
     "verify": "read every finished shard again and compare its checksum",
 }
-
+_COMPARE = "the reports of two runs side by side"
 
 _EPILOG = """\
 examples:
@@ -41,6 +41,7 @@ examples:
   aeheight predict other.yaml --checkpoint runs/demo  a model trained elsewhere
   aeheight calibrate region.yaml --points gnss.csv    a finished map, corrected
   aeheight export region.yaml                         a finished map as GeoTIFFs
+  aeheight compare region.yaml runs/other             two reports side by side
 
 exit codes: 0 done; 1 shards failed, or interrupted: run again to go on; 2 bad input
 """
@@ -90,7 +91,24 @@ def build_parser() -> argparse.ArgumentParser:
                 "--repair", action="store_true", help="make the damaged shards again"
             )
             _add_workers(command)
+    _add_compare(
+        verbs.add_parser("compare", help=_COMPARE, description=f"{_COMPARE.capitalize()}.")
+    )
     return parser
+
+
+def _add_compare(command: argparse.ArgumentParser) -> None:
+    for name in "AB":
+        command.add_argument(
+            name.lower(), metavar=name, help="a region file, a run's store, or a metrics.json"
+        )
+    command.add_argument(
+        "--split",
+        choices=("train", "validation", "test", "all"),
+        default="test",
+        help="whose figures (default: test)",
+    )
+    command.add_argument("--json", action="store_true", dest="as_json", help="the same as JSON")
 
 
 def _add_work(command: argparse.ArgumentParser) -> None:
@@ -170,7 +188,18 @@ def _complain(arguments: argparse.Namespace, message: str) -> None:
     print(text, file=sys.stderr)  # noqa: T201
 
 
+def _compare(arguments: argparse.Namespace) -> int:
+    from aeheight.steps.compare import Judged, compare, describe  # noqa: PLC0415
+
+    found = compare(Judged.at(arguments.a), Judged.at(arguments.b), arguments.split)
+    told = json.dumps(found.to_dict()) if arguments.as_json else "\n".join(describe(found))
+    print(told, flush=True)  # noqa: T201
+    return DONE
+
+
 def _dispatch(arguments: argparse.Namespace) -> int:
+    if arguments.verb == "compare":
+        return _compare(arguments)
     settings = load_region(arguments.region, arguments.overrides)
     # Heavy libraries load only once the region file is known to be good.
     os.environ |= {key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()}

@@ -318,7 +318,8 @@ def test_the_process_says_what_is_wrong_and_ends_with_2(command, regions):
 
 
 def test_help_names_every_verb_and_option(aeheight):
-    assert all(verb in aeheight("--help").out for verb in (*STEPS, "run", "status", "verify"))
+    verbs = (*STEPS, "run", "status", "verify", "compare")
+    assert all(verb in aeheight("--help").out for verb in verbs)
     shown = aeheight("run", "--help").out
     options = ("--plan", "--overwrite", "--set", "--json", "--workers", "--scheduler")
     options += ("--checkpoint", "--gpus", "--metrics-port")
