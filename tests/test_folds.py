@@ -82,7 +82,7 @@ def test_the_table_is_that_of_every_fold_s_metrics(done):
         wanted.append(f"{found['shift']['test']['overlap']:.2f}")
         length = found["correlation"]["length_px"]
         wanted.append("-" if length is None else f"{length:.1f}")
-        for name in PREDICTORS:
+        for name in filter(tables.__contains__, PREDICTORS):
             wanted += [f"{tables[name]['test']['rmse']:.2f}", f"{tables[name]['test']['r2']:.3f}"]
         assert row[1:] == wanted
     worst = max(range(2), key=lambda fold: done.metrics(fold)["model"]["test"]["rmse"])
