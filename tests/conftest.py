@@ -14,7 +14,7 @@ import pytest
 from dask.system import CPU_COUNT
 
 from pipelines.world import World, make_world
-from tests.runs import Region, Regions, Result, run_here, small_settings
+from tests.runs import Region, Regions, Result, believe, run_here, small_settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the cores to others
 
@@ -53,8 +53,11 @@ def small_run(world: World, tmp_path_factory: pytest.TempPathFactory) -> Region:
     """A finished `aeheight run` on the small world; tests must leave it as it is."""
     regions = Regions(tmp_path_factory.mktemp("small"), small_settings(world))
     region = regions.write("small")
-    result = run_here("run", region.path, "--workers", str(WORKERS))
-    assert result.code == 0, result.err
+    for verb in ("ingest", "train", "run"):
+        result = run_here(verb, region.path, "--workers", str(WORKERS))
+        assert result.code == 0, result.err
+        if verb == "train":
+            believe(region)
     return region
 
 

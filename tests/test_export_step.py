@@ -31,6 +31,7 @@ from tests.runs import Region, arrays, flip, one_message, run_here, snapshot
 from tests.test_calibrate import DEGREES, EAST, GRID, WEST, Map, make_map
 
 SMALL = ("--set", "export.tile=80", "--set", "export.block=128")
+LAYERS = ("height", "novelty", "spread")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def assembled(region: Region, layer: str, year: int, grid=GRID) -> np.ndarray:
 def test_tiles_are_the_map_bit_for_bit(done):
     expected = arrays(done.region.heights)
     for number, year in enumerate((2021, 2022)):
-        for layer in ("height", "novelty"):
+        for layer in LAYERS:
             np.testing.assert_array_equal(
                 assembled(done.region, layer, year), expected[layer][number]
             )
@@ -83,7 +84,7 @@ def test_tiles_are_the_map_bit_for_bit(done):
 
 def test_every_file_is_valid_and_says_what_it_is(done):
     found = files(done.region, "*.tif")
-    assert len(found) == 2 * 2 * 6
+    assert len(found) == 2 * len(LAYERS) * 6
     for path in found:
         assert cog_validate(path, strict=True) == (True, [], [])
         with rasterio.open(path) as opened:
@@ -128,7 +129,7 @@ def test_items_describe_their_files(done):
         assert set(told["processing:software"]) == {"aeheight", "rasterio"}
         assert told["start_datetime"][:4] == told["end_datetime"][:4] == path.parent.name
         assert {"derived_from", "collection"} <= {link["rel"] for link in item["links"]}
-        assert set(item["assets"]) == {"height", "novelty"}
+        assert set(item["assets"]) == set(LAYERS)
         for asset in item["assets"].values():
             file = path.parent / asset["href"]
             data = file.read_bytes()
@@ -435,5 +436,5 @@ def test_receipts_know_what_a_tile_was_made_from(done):
         "map": tree.identity,
     }
     for receipt in ledger.receipts(ledger.done()):
-        assert set(receipt.further) == {"novelty", "item"}
+        assert set(receipt.further) == {*LAYERS[1:], "item"}
         assert receipt.inputs

@@ -107,7 +107,8 @@ def test_turned_means_come_near_the_true_ones(turned: int, step: float) -> None:
     fine = (np.arange(32 * edge) + 0.5) * 10 / edge
     x, y = to_north.transform(*np.meshgrid(fine, -fine))
     at = ((source.top - y) / step).astype(int), ((x - source.left) / step).astype(int)
-    slope, noise = 300 + 0.3 * cols + 0.2 * rows, RNG.normal(0, 3, rows.shape)
+    rng = np.random.default_rng([turned, int(step)])  # whatever ran before in this process
+    slope, noise = 300 + 0.3 * cols + 0.2 * rows, rng.normal(0, 3, rows.shape)
     for ground, largest, rms in ((slope, 0.1, 0.04), (noise, 0.3, 0.06)):
         values = ground.astype(np.float32)
 
