@@ -215,14 +215,14 @@ def _tell_of_trust(run: Run, checkpoint: Checkpoint) -> None:
         return
     trust = checkpoint.trust
     proven = (
-        f"{trust.relief:.0%} of its detail and {trust.level:.0%} of its level"
+        f"{trust.relief:.0%} of the detail and {trust.level:.0%} of the level that the network adds"
         if checkpoint.corrects
-        else "nothing of it: the map will be the base alone, without the network"
+        else "nothing of what the network adds: the map will be its base alone"
     )
     _say(
         run.options.as_json,
         {"step": "train", "trust": trust.to_dict()},
-        f"train     held-out ground proves of what the network adds: {proven}",
+        f"train     held-out ground proves {proven}",
     )
 
 
