@@ -58,11 +58,14 @@ class Blocks:
             terms: of each (n,), finite, of the pixels that count, row by row.
         """
         number, region, edge = place
-        rows, cols = np.nonzero(judged)
-        found, block = np.unique(
-            ((region.row + rows) // edge << 32) + (region.col + cols) // edge, return_inverse=True
-        )
-        keys = np.stack([np.full(found.shape, number), found >> 32, found & 0xFFFFFFFF], axis=1)
+        rows = np.arange(region.row, region.bottom) // edge
+        cols = np.arange(region.col, region.right) // edge
+        across = int(cols[-1] - cols[0]) + 1
+        block = ((rows - rows[0])[:, None] * across + (cols - cols[0]))[judged]
+        found = np.flatnonzero(np.bincount(block))
+        block = np.searchsorted(found, block)
+        row, col = rows[0] + found // across, cols[0] + found % across
+        keys = np.stack([np.full(found.shape, number), row, col], axis=1)
         d, r = errors[judged].astype(np.float64), reference[judged].astype(np.float64)
 
         def total(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from aeheight import loops
 from aeheight.errors import InputError
 
 LAGS: Final = (1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256, 362, 512)
@@ -63,12 +64,15 @@ class Variogram:
         if not np.isfinite(errors[judged]).all():
             raise InputError("an error that counts is NaN or infinite; leave it out of `judged`")
         known = np.where(judged, errors, 0.0)
-        parts = [
-            [_pairs(values, there, lag) for lag in LAGS]
-            for values, there in ((known, judged), (known.T, judged.T))
-        ]
-        pairs, squares = np.sum(parts, axis=0).T
-        return cls(pairs.astype(np.int64), squares)
+        total = cls.zero()
+        for turned in (known, judged), (known.T, judged.T):
+            values, there = map(np.ascontiguousarray, turned)
+            for k, lag in enumerate(LAGS):
+                if lag <= len(values) // 2:
+                    pairs, squares = loops.steps(values, there, lag)
+                    total.pairs[k] += pairs
+                    total.squares[k] += squares
+        return total
 
     def __add__(self, other: "Variogram") -> "Variogram":
         return Variogram(self.pairs + other.pairs, self.squares + other.squares)
@@ -143,12 +147,3 @@ class Variogram:
         if length is not None:
             return buffer >= length
         return False if buffer <= self.farthest else None
-
-
-def _pairs(values: NDArray[np.floating], there: NDArray[np.bool_], lag: int) -> tuple[float, float]:
-    """Pairs of rows `lag` apart, and the sum of their squared differences."""
-    if lag > len(values) // 2:
-        return 0.0, 0.0
-    both = there[lag:] & there[:-lag]
-    apart = (values[lag:] - values[:-lag])[both].astype(np.float64)
-    return float(apart.size), float(np.square(apart).sum())

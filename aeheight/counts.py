@@ -1,12 +1,14 @@
 """Sparse histograms over integer bins: no range to choose, and they add exactly."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from aeheight.loops import FARTHEST
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,11 +26,15 @@ class Counts:
         """Count bin numbers of any shape, (n,) int64."""
         if bins.size and int(bins.max()) - int(bins.min()) <= 4 * bins.size + 100_000:
             low = bins.min()
-            dense = np.bincount(bins - low).astype(np.int64)  # ten times faster than sorting
-            filled = np.flatnonzero(dense)
-            return cls(filled + low, dense[filled])
+            return cls.of_dense(np.bincount(bins - low), int(low))  # ten times faster than sorting
         found, counts = np.unique(bins, return_counts=True)
         return cls(found.astype(np.int64), counts.astype(np.int64))
+
+    @classmethod
+    def of_dense(cls, counts: NDArray[np.integer], low: int) -> "Counts":
+        """Counts (k,) of the bins from `low` on, many of them 0."""
+        filled = np.flatnonzero(counts)
+        return cls(filled + low, counts[filled].astype(np.int64))
 
     @classmethod
     def summed(cls, bins: NDArray[np.int64], counts: NDArray[np.int64]) -> "Counts":
@@ -65,28 +71,26 @@ class Counts:
         return Counts.summed(np.abs(2 * self.bins - round(2 * middle)), self.counts)
 
 
-def alike(
-    numbers: NDArray[np.int64],
-) -> tuple[NDArray[np.int64], list[tuple[int, slice]]]:
-    """Sort what has a number so that equal ones lie together.
+def numbered(classes: NDArray[np.int32]) -> tuple[Sequence[int], NDArray[np.int32]]:
+    """Classes that are few, and each element's place among them.
 
     Args:
-        numbers: (n,); those below 0 are left out.
+        classes: any shape; what is below 0 belongs to none.
 
     Returns:
-        The places (k,) of the others in order, and for each number found, ascending, its slice
-        of them.
+        Those from 0 on that occur, ascending, and perhaps others that do not; the place of each
+        element's, -1 for none.
     """
-    kept = np.flatnonzero(numbers >= 0)
-    chosen = numbers[kept]
-    if chosen.size and chosen.max() < 2**16:
-        chosen = chosen.astype(np.uint16)  # small integers are sorted five times faster
-    order = np.argsort(chosen, kind="stable")
-    found, starts = np.unique(chosen[order], return_index=True)
-    ends = [*starts.tolist(), chosen.size][1:]
-    parts = [slice(int(start), end) for start, end in zip(starts, ends, strict=True)]
-    return kept[order], list(zip(found.tolist(), parts, strict=True))
+    most = int(classes.max(initial=-1))
+    if most < _FEW:
+        return range(most + 1), classes
+    found, places = np.unique(np.maximum(classes, -1), return_inverse=True)
+    none = int(found[0] < 0)
+    return found[none:].tolist(), (places - none).astype(np.int32)
 
+
+_FEW: Final = 1024
+"""Classes that are not worth looking which of them occur."""
 
 _PAIR: Final = 2**42
 """Second numbers that one first number can be paired with."""
@@ -130,7 +134,7 @@ def paired(
 
 def bin_numbers(position: NDArray[np.float64]) -> NDArray[np.int64]:
     """Floor as int64; what is beyond ±2⁵³ bins shares the outermost ones."""
-    return np.floor(np.clip(position, -(2.0**53), 2.0**53)).astype(np.int64)
+    return np.floor(np.clip(position, -FARTHEST, FARTHEST)).astype(np.int64)
 
 
 def frame(axes: list[Counts], max_bins: int, trim: float) -> tuple[int, int, int]:

@@ -8,6 +8,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from aeheight import loops
+
 SLOPES: Final = (0.0, 2.0, 5.0, 10.0, 20.0, 30.0, 45.0, 90.0)
 """Class edges of the slope, degrees."""
 
@@ -33,19 +35,17 @@ class Criterion:
     names: Mapping[int, str] = field(default_factory=dict)
     """Of class k, where it has one other than `class k`."""
 
-    def classed(self, values: NDArray[Any]) -> NDArray[np.int64]:
+    def classed(self, values: NDArray[Any]) -> NDArray[np.int32]:
         """Numbers of classes, -1 where a value is missing (NaN or below 0) or in no class.
 
         Args:
             values: any shape; measures where there are edges, else numbers of classes.
         """
         if not self.edges:
-            numbers: NDArray[np.int64] = np.where(values < 0, -1, values).astype(np.int64)
+            numbers: NDArray[np.int32] = np.maximum(values, -1).astype(np.int32)
             return numbers
-        place = np.digitize(values, self.edges) - 1
-        place[np.isnan(values) | (place >= len(self.edges) - 1)] = -1
-        classes: NDArray[np.int64] = place.astype(np.int64)
-        return classes
+        flat = np.ascontiguousarray(values).reshape(-1)
+        return loops.places(flat, np.array(self.edges)).reshape(values.shape)
 
     def label(self, number: int) -> dict[str, Any]:
         """What a row of metrics.json says of a class: `lo` and `hi`, or else `class`."""

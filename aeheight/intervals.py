@@ -6,6 +6,8 @@ from typing import Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from aeheight import loops
+
 Summary = dict[str, float | None]
 
 _PARTS: Final = 16
@@ -44,12 +46,28 @@ class Intervals:
     @classmethod
     def of(cls, difference: NDArray[np.float32], spread: NDArray[np.float32]) -> Self:
         """Sum up pixels (n,): predicted - reference and spread above 0, metres, all finite."""
-        error, half = np.abs(difference.astype(np.float64)), spread.astype(np.float64)
-        outside = np.maximum(error - half, 0.0)
-        bins = np.minimum(error / half * _PARTS, _PARTS * _LARGEST).astype(np.int64)
-        totals = (half.size, (error <= half).sum(), _millimetres(half), _millimetres(outside))
-        counts = np.bincount(bins, minlength=_PARTS * _LARGEST + 1)
-        return cls(np.concatenate([totals, counts]).astype(np.int64))
+        return cls.by(difference, spread, np.zeros(difference.shape, np.int32), 1)[0]
+
+    @classmethod
+    def by(
+        cls,
+        difference: NDArray[np.float32],
+        spread: NDArray[np.float32],
+        labels: NDArray[np.int32],
+        count: int,
+    ) -> list[Self]:
+        """Sum up ground by classes, in one pass.
+
+        Args:
+            difference: predicted - reference, metres, any shape.
+            spread: metres above 0, the same shape; NaN where there is none.
+            labels: the same shape: number of the class of each pixel, -1 for those not judged;
+                where there are a label and a spread, the difference is finite.
+            count: of classes.
+        """
+        d, s = (np.ascontiguousarray(values).reshape(-1) for values in (difference, spread))
+        flat = np.ascontiguousarray(labels).reshape(-1)
+        return [cls(sums) for sums in loops.within(d, s, flat, count, _PARTS, _LARGEST)]
 
     def __add__(self, other: Self) -> Self:
         return type(self)(self.sums + other.sums)
@@ -78,8 +96,3 @@ class Intervals:
         k = int(np.searchsorted(below, wanted))
         share = (wanted - below[k - 1]) / (below[k] - below[k - 1])
         return float(edges[k - 1] + share / _PARTS)
-
-
-def _millimetres(metres: NDArray[np.float64]) -> int:
-    """Rounded pixel by pixel, so that the sum is the same in every order."""
-    return int(np.rint(metres * _MILLIMETRES).astype(np.int64).sum())

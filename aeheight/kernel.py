@@ -22,6 +22,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from aeheight import loops
 from aeheight.embeddings import valid
 from aeheight.ridge import Ridge
 
@@ -88,12 +89,15 @@ class Kernel:
         """What the bumps add to the linear term, metres: codes (64, ...) to (...).
 
         Another device gives the same bits with `doubled`, `rooms` and `steps` moved there, and the
-        operations of `raised` and here in the same order. It must not run under autocast.
+        operations of `loops.bumps` in the same order. It must not run under autocast.
         """
-        flat, steps = codes.reshape(len(codes), -1), self.steps
+        flat = codes.reshape(len(codes), -1)
         added = np.zeros(flat.shape[1], np.float32)
-        for part, bumps in self.raised(flat) if len(steps) else ():
-            added[part] = _summed(bumps * steps)
+        doubled, rooms, steps = self.doubled, self.rooms[:, 0], self.steps[:, 0]
+        for start in range(0, flat.shape[1], BLOCK) if len(steps) else ():
+            part = slice(start, start + BLOCK)
+            q = flat[:, part].astype(np.float32)
+            added[part] = loops.bumps(doubled @ q, rooms, (q * q).sum(axis=0), steps)
         return added.reshape(codes.shape[1:]).astype(np.float64)
 
     def raised(self, codes: NDArray[np.int8]) -> Iterator[tuple[slice, NDArray[np.float32]]]:
@@ -109,15 +113,6 @@ class Kernel:
             bumps *= bumps
             bumps *= bumps
             yield part, bumps
-
-
-def _summed(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(m, n) to (n,), in a fixed order, which a matrix product does not promise."""
-    while len(values) > 1:
-        half = len(values) // 2
-        values = values[:half] + values[half:]
-    total: NDArray[np.float32] = values[0]
-    return total
 
 
 @dataclass(frozen=True, slots=True, eq=False)

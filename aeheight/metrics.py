@@ -13,11 +13,12 @@ Sources:
 
 import math
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from aeheight import loops
 from aeheight.counts import Counts, bin_numbers, frame, paired
 from aeheight.errors import InputError
 
@@ -25,6 +26,9 @@ Summary = dict[str, int | float | None]
 
 BIN: Final = 0.01
 """Width of a bin of the differences, metres; bin k holds what rounds to k * BIN."""
+
+_DENSE: Final = 2**22
+"""Bins of all classes of a piece of ground that are counted densely: 17 MB."""
 
 CELL: Final = 1.0
 """Side of a cell of the scatter, metres; cell (i, j) starts at (i * CELL, j * CELL)."""
@@ -132,28 +136,61 @@ class Stats:
             InputError: shapes differ, a mask is not bool, or a pixel declared valid is NaN or
                 infinite.
         """
-        n_reference, p, r = _pairs(predicted, reference, reference_valid, predicted_valid)
-        if p.size == 0:
-            return replace(cls.zero(), n_reference=n_reference)
-        d = p - r
-        mean_p, p = _centred(p)
-        mean_r, r = _centred(r)
-        mean_d, d0 = _centred(d)
-        return cls(
-            n_reference=n_reference,
-            n=d.size,
-            mean_reference=mean_r,
-            mean_predicted=mean_p,
-            mean_difference=mean_d,
-            m2_reference=float(np.sum(r * r)),
-            m2_predicted=float(np.sum(p * p)),
-            m2_difference=float(np.sum(d0 * d0)),
-            comoment=float(np.sum(r * p)),
-            sum_absolute=float(np.sum(np.abs(d))),
-            minimum=float(d.min()),
-            maximum=float(d.max()),
-            histogram=Counts.of(bin_numbers(d / BIN + 0.5)),
-        )
+        with_p, with_r = _masks(predicted, reference, reference_valid, predicted_valid)
+        labels = np.where(with_r, 0, -1).astype(np.int32)
+        return cls._by(_known(predicted, with_p), np.asarray(reference), labels, 1)[0]
+
+    @classmethod
+    def by(
+        cls,
+        predicted: NDArray[np.floating],
+        reference: NDArray[np.floating],
+        labels: NDArray[np.int32],
+        count: int,
+    ) -> list["Stats"]:
+        """Sum up one piece of ground by classes, in one pass.
+
+        Args:
+            predicted: heights in metres, any shape; NaN is declared to be no prediction.
+            reference: heights in metres, the same shape.
+            labels: the same shape: number of the class of each pixel that has a reference and is
+                judged, -1 for the others.
+            count: of classes.
+
+        Raises:
+            InputError: shapes differ, a label is no class, or a pixel with a label has an infinite
+                prediction or no finite reference.
+        """
+        if not predicted.shape == reference.shape == labels.shape:
+            raise InputError(
+                f"predicted has shape {predicted.shape}, reference {reference.shape} and labels "
+                f"{labels.shape}; give equal ones"
+            )
+        if labels.size and not -1 <= int(labels.min()) <= int(labels.max()) < count:
+            raise InputError(
+                f"labels run from {labels.min()} to {labels.max()}; give -1 to {count - 1}"
+            )
+        return cls._by(predicted, reference, labels, count)
+
+    @classmethod
+    def _by(
+        cls,
+        predicted: NDArray[np.floating],
+        reference: NDArray[Any],
+        labels: NDArray[np.int32],
+        count: int,
+    ) -> list["Stats"]:
+        p, r = (np.ascontiguousarray(values).reshape(-1) for values in (predicted, reference))
+        c = np.ascontiguousarray(labels).reshape(-1)
+        wrong, pixels, sums = loops.moments(p, r, c, count)
+        if wrong:
+            raise InputError(
+                f"{wrong} of {pixels[:, 0].sum()} pixels to be judged have an infinite prediction, "
+                "or a reference that is NaN or infinite; declare what is missing"
+            )
+        histograms = _histograms(p, r, c, pixels[:, 1], sums)
+        tables = pixels.tolist(), sums.tolist(), histograms  # in the order of the fields
+        return [cls(*(*own, *moments, found)) for own, moments, found in zip(*tables, strict=True)]
 
     def __add__(self, other: "Stats") -> "Stats":
         n_reference = self.n_reference + other.n_reference
@@ -260,11 +297,14 @@ class Scatter:
         predicted_valid: ArrayLike | None = None,
     ) -> "Scatter":
         """Count the pixels that have both; arguments and errors as in :meth:`Stats.of`."""
-        _, p, r = _pairs(predicted, reference, reference_valid, predicted_valid)
+        with_p, with_r = _masks(predicted, reference, reference_valid, predicted_valid)
+        both = with_p & with_r
+        p, r = (np.asarray(v)[both].astype(np.float64) for v in (predicted, reference))
         limit = 2.0**30  # keeps a cell within its 32 bits, a million kilometres from zero
         columns = bin_numbers(np.clip(p / CELL, -limit, limit))
         rows = bin_numbers(np.clip(r / CELL, -limit, limit))
-        return cls(paired(rows, columns, lambda rows, columns: (rows << 32) + columns))
+        # Most lie near the diagonal: counted from there, few bins are empty.
+        return cls(paired(rows, columns - rows, lambda rows, off: (rows << 32) + rows + off))
 
     def __add__(self, other: "Scatter") -> "Scatter":
         return Scatter(self.cells + other.cells)
@@ -295,20 +335,54 @@ class Scatter:
         return (start + np.arange(size + 1.0) * factor) * CELL, table
 
 
-def _pairs(
+def _histograms(
+    predicted: NDArray[np.floating],
+    reference: NDArray[Any],
+    labels: NDArray[np.int32],
+    pixels: NDArray[np.int64],
+    sums: NDArray[np.float64],
+) -> list[Counts]:
+    """The histogram of d of each class: counted densely about the mean, sorted far from it."""
+    count, n = len(pixels), int(pixels.sum())
+    if n == 0:
+        return [Counts.of(np.empty(0, np.int64))] * count
+    least, most = sums[:, 8].min(), sums[:, 9].max()
+    first, last, middle = bin_numbers(
+        np.array([least, most, float(pixels @ sums[:, 2]) / n]) / BIN + 0.5
+    ).tolist()
+    width = min(last - first + 1, max(_DENSE // count, 256))
+    low = min(max(middle - width // 2, first), last + 1 - width)
+    dense = np.zeros((count, width), np.int32)
+    outside = loops.histogram(predicted, reference, labels, dense, low, BIN)
+    found = [Counts.of_dense(row, low) for row in dense]
+    if outside:
+        d = predicted.astype(np.float64) - reference
+        bins = bin_numbers(np.where(np.isnan(d), 0.0, d) / BIN + 0.5)
+        far = (labels >= 0) & ~np.isnan(d) & ((bins < low) | (bins >= low + width))
+        for number in np.unique(labels[far]).tolist():
+            found[number] = found[number] + Counts.of(bins[far & (labels == number)])
+    return found
+
+
+def _known(predicted: ArrayLike, there: NDArray[np.bool_]) -> NDArray[np.floating]:
+    """With NaN where there is no prediction."""
+    values = np.asarray(predicted)
+    if not np.issubdtype(values.dtype, np.floating):
+        values = values.astype(np.float64)
+    return values if there.all() else np.where(there, values, values.dtype.type(np.nan))
+
+
+def _masks(
     predicted: ArrayLike,
     reference: ArrayLike,
     reference_valid: ArrayLike | None,
     predicted_valid: ArrayLike | None,
-) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
-    """Pixels with a reference, and the float64 values (n,) where both are there."""
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Where there are a prediction and a reference."""
     p, r = np.asarray(predicted), np.asarray(reference)
     if p.shape != r.shape:
         raise InputError(f"predicted has shape {p.shape} and reference {r.shape}; give equal ones")
-    with_p = _mask(predicted_valid, p, "predicted")
-    with_r = _mask(reference_valid, r, "reference")
-    both = with_p & with_r
-    return int(np.count_nonzero(with_r)), p[both].astype(np.float64), r[both].astype(np.float64)
+    return _mask(predicted_valid, p, "predicted"), _mask(reference_valid, r, "reference")
 
 
 def _mask(valid: ArrayLike | None, values: NDArray[np.generic], name: str) -> NDArray[np.bool_]:
@@ -325,14 +399,3 @@ def _mask(valid: ArrayLike | None, values: NDArray[np.generic], name: str) -> ND
             f"declare what is missing in {name}_valid"
         )
     return mask
-
-
-def _centred(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-    """Mean, and the values less their mean.
-
-    Shifted by the first value first: a constant then has a spread of exactly 0, so that what is
-    undefined on it is seen to be undefined.
-    """
-    shifted = values - values[0]
-    mean = shifted.mean()
-    return float(values[0] + mean), shifted - mean

@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from aeheight import loops
 from aeheight.embeddings import decode_table, valid
 from aeheight.errors import InputError
 
@@ -32,10 +33,17 @@ def lengths(codes: NDArray[np.int8]) -> NDArray[np.float64]:
     of 900 m. How unlike the parts of a pixel are says little of their height, so a regression on
     x / sqrt|x| carries further than one on x. Added up band by band, as `Ridge.predict` does.
     """
-    table, total = squares(), np.zeros(codes.shape[1:])
-    for band in codes:
-        total += table[band]
-    return np.maximum(np.sqrt(total), SHORTEST)
+    tables = np.broadcast_to(squares(), (len(codes), 256))
+    return np.maximum(np.sqrt(_looked_up(codes, tables, 0.0)), SHORTEST)
+
+
+def _looked_up(
+    codes: NDArray[np.int8], tables: NDArray[np.float64], start: float
+) -> NDArray[np.float64]:
+    """`start` and what the codes (64, ...) stand for in tables (64, 256), band by band: (...)."""
+    flat = np.ascontiguousarray(codes).reshape(len(codes), -1)
+    total: NDArray[np.float64] = loops.looked_up(flat, tables, start).reshape(codes.shape[1:])
+    return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +76,7 @@ class Ridge:
 
     def total(self, codes: NDArray[np.int8]) -> NDArray[np.float64]:
         """As `predict`, before it is rounded; any value where there is no embedding."""
-        total = np.full(codes.shape[1:], 0.0 if self.evened else self.intercept)
-        for terms, band in zip(self.terms, codes, strict=True):
-            total += terms[band]  # a negative code counts from the table's end: its unsigned byte
+        total = _looked_up(codes, self.terms, 0.0 if self.evened else self.intercept)
         return total / np.sqrt(lengths(codes)) + self.intercept if self.evened else total
 
 

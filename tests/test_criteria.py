@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aeheight.counts import alike
+from aeheight.counts import numbered
 from aeheight.criteria import DISTANCES, REACH, Criterion, apart
 from aeheight.relief import SECTORS, facing, gradient, roughness, slope
 
@@ -61,13 +61,14 @@ def test_distance_to_training_ground_is_that_of_every_pixel_to_every_other(seed,
         assert found[row, col] == low
 
 
-@given(st.lists(st.integers(-2, 70_000), max_size=60))
-def test_what_is_alike_lies_together_in_its_old_order(numbers):
-    order, parts = alike(np.array(numbers, np.int64))
-    found = {number: order[part].tolist() for number, part in parts}
-    wanted = {n: [k for k, m in enumerate(numbers) if m == n] for n in set(numbers) if n >= 0}
-    assert found == wanted
-    assert list(found) == sorted(found)
+@given(st.lists(st.integers(-2, 70_000), max_size=60) | st.lists(st.integers(-2, 9)))
+def test_classes_are_numbered_by_what_occurs(values):
+    found, places = numbered(np.array(values, np.int32))
+    assert [found[place] if place >= 0 else None for place in places.tolist()] == [
+        value if value >= 0 else None for value in values
+    ]
+    assert len(found) <= 1024
+    assert list(found) == sorted(set(found))
 
 
 def test_classes_are_half_open_and_the_last_may_have_no_end():

@@ -341,3 +341,45 @@ def test_many_parts_merge_as_one():
     reference, predicted = rng.normal(3000, 1, (2, 1000))
     parts = [Stats.of([p], [r]) for p, r in zip(predicted, reference, strict=True)]
     check(merge(parts).summary(), oracle(predicted, reference))
+
+
+@given(landscapes(), st.integers(1, 7), st.sampled_from([np.float32, np.float64]))
+def test_classes_in_one_pass_are_each_class_alone(landscape, count, kind):
+    predicted, reference = (values.astype(kind) for values in landscape[:2])
+    rng = np.random.default_rng(predicted.size)
+    labels = rng.integers(-1, count, predicted.shape).astype(np.int32)
+    predicted[rng.random(predicted.shape) < 0.2] = np.nan
+    found = Stats.by(predicted, reference, labels, count)
+    for number, stats in enumerate(found):
+        own = labels == number
+        p, r = predicted[own], reference[own]
+        assert stats == Stats.of(p, r, predicted_valid=~np.isnan(p))
+
+
+def test_errors_far_from_all_others_are_counted_in_their_bins():
+    rng = np.random.default_rng(0)
+    reference = np.zeros(5000, np.float32)
+    predicted = rng.normal(0, 1, 5000).astype(np.float32)
+    predicted[::500] = rng.uniform(-1e6, 1e6, 10)
+    labels = np.arange(5000, dtype=np.int32) % 1000  # so many that few bins are counted densely
+    total = sum(Stats.by(predicted, reference, labels, 1000), Stats.zero())
+    d = predicted.astype(np.float64)
+    assert total.histogram == Counts.of(np.floor(d / BIN + 0.5).astype(np.int64))
+
+
+@pytest.mark.parametrize(
+    ("predicted", "reference", "label", "said"),
+    [
+        (np.inf, 1.0, 0, "1 of 2 pixels to be judged have an infinite prediction"),
+        (1.0, np.nan, 0, "a reference that is NaN"),
+        (1.0, -np.inf, 0, "1 of 2 pixels"),
+        (1.0, 1.0, 2, "labels run from 0 to 2; give -1 to 1"),
+        (1.0, 1.0, -2, "labels run from -2 to 0"),
+    ],
+)
+def test_what_cannot_be_summed_by_class_is_refused(predicted, reference, label, said):
+    p, r = np.array([0.0, predicted]), np.array([0.0, reference])
+    with pytest.raises(InputError, match=said):
+        Stats.by(p, r, np.array([0, label], np.int32), 2)
+    with pytest.raises(InputError, match="shape"):
+        Stats.by(p, r[:1], np.zeros(2, np.int32), 1)

@@ -1,6 +1,6 @@
 """One shard of ground as evaluation sees it: the map, its reference, and what divides them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from aeheight.blocks import Blocks
 from aeheight.coregistration import Facets, terms
 from aeheight.correlation import Variogram
-from aeheight.counts import alike
+from aeheight.counts import numbered
 from aeheight.criteria import REACH, Criterion, apart
 from aeheight.crossings import MARGIN, Crossings
 from aeheight.cube import Tree
@@ -21,7 +21,7 @@ from aeheight.metrics import Scatter, Stats
 from aeheight.models import Checkpoint
 from aeheight.relief import facing, gradient, roughness, steepness
 from aeheight.sources import ClassMaps
-from aeheight.splits import TEST, TRAIN, UNUSED, USES
+from aeheight.splits import TEST, TRAIN, UNUSED, USES, VALIDATION
 from aeheight.template import Shard, Template
 from aeheight.windows import Region
 
@@ -29,6 +29,10 @@ _Kind = TypeVar("_Kind", bound=np.generic)
 
 PARTS = {**USES, "unused": UNUSED}
 """What all ground is made of: sums by class are kept for these, and "all" is their sum."""
+
+HELD_OUT = (VALIDATION, TEST)
+"""Where a kernel regression is judged: it takes 60 times as long as a ridge, and between the pixels
+that it was fitted to it says little."""
 
 CORRELATED = ("test", "all")
 """Grounds whose errors' correlation is summed up: the first that has pixels is shown."""
@@ -79,15 +83,17 @@ class Ground:
         grid, wide = cube.template.grid(group), region.expand(MARGIN)
         codes = cube.read(group, "embedding", year, region)
         ridge = checkpoint.ridge.predict(codes)
+        use = cube.read(group, "split", None, region.expand(REACH))
         baselines = {"mean": np.full_like(ridge, checkpoint.ridge.mean), "ridge": ridge}
         if checkpoint.kernel is not None:
-            baselines["kernel"] = checkpoint.kernel.predict(codes)
+            held_out = np.isin(inner(use, REACH), HELD_OUT)
+            baselines["kernel"] = np.full_like(ridge, np.nan)
+            baselines["kernel"][held_out] = checkpoint.kernel.predict(codes[:, held_out])
         if tells(cube.template, "prior"):
             baselines["prior"] = cube.read(group, "prior", None, region)
         mapped = heights.read(group, "height", year, wide)
         for values in baselines.values():  # judged on the model's ground, to be comparable
             values[np.isnan(inner(mapped))] = np.nan
-        use = cube.read(group, "split", None, region.expand(REACH))
         measures: dict[str, NDArray[np.float32] | NDArray[np.int64]] = {
             **classes.read(grid, region),
             "distance": apart(use == TRAIN),
@@ -98,7 +104,7 @@ class Ground:
             # Ground that two zones hold is judged in the one that it lies in.
             owned(cube.template.grids, grid, wide),
             grid.part(region).pixel_metres(),
-            use[REACH:-REACH, REACH:-REACH],
+            inner(use, REACH),
             baselines,
             measures,
             *(
@@ -116,6 +122,21 @@ class Ground:
     def predicted(self) -> NDArray[np.float32]:
         """Metres, NaN where there is none."""
         return inner(self.mapped)
+
+    @cached_property
+    def known(self) -> NDArray[np.bool_]:
+        """Pixels that have a reference and are judged here."""
+        return ~np.isnan(self.reference)
+
+    @cached_property
+    def labels(self) -> NDArray[np.int32]:
+        """The use of each such pixel as PARTS number it, -1 for the others."""
+        return np.where(self.known, self.use.astype(np.int32), np.int32(-1))
+
+    @cached_property
+    def errors(self) -> NDArray[np.float32]:
+        """Predicted less reference, metres; NaN where one is missing."""
+        return self.predicted - self.reference
 
     @cached_property
     def gradient(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -138,15 +159,21 @@ class Ground:
 
     def tables(self) -> Iterator[tuple[str, Stats | Scatter]]:
         """Sums of the model, its baselines and the scatter on each split and on all ground."""
-        predictors = {"model": self.predicted, **self.baselines}
-        for split, judged in self.splits():
-            reference = self.reference[judged]
-            for name, values in predictors.items():
-                found = values[judged]
-                known = ~np.isnan(found)
-                yield f"{name}/{split}", Stats.of(found, reference, predicted_valid=known)
-                if name == "model":
-                    yield f"scatter/{split}", Scatter.of(found, reference, predicted_valid=known)
+        for name, values in ({"model": self.predicted} | self.baselines).items():
+            parts = Stats.by(values, self.reference, self.labels, len(PARTS))
+            for split, use in USES.items():
+                if name != "kernel" or use in HELD_OUT:
+                    yield f"{name}/{split}", parts[use]
+            if name != "kernel":
+                yield f"{name}/all", sum(parts, Stats.zero())
+        predicted, everywhere = ~np.isnan(self.predicted), Scatter.zero()
+        for part, use in PARTS.items():
+            there = predicted & (self.labels == use)
+            scatter = Scatter.of(self.predicted[there], self.reference[there])
+            everywhere += scatter
+            if part in USES:
+                yield f"scatter/{part}", scatter
+        yield "scatter/all", everywhere
 
     def classes(
         self, criteria: Mapping[str, Criterion]
@@ -155,47 +182,44 @@ class Ground:
 
         Each pixel is sorted to its class once, whatever the number of classes.
         """
-        known = ~np.isnan(self.reference)
-        reference, predicted, use = self.reference[known], self.predicted[known], self.use[known]
-        spread = None if self.spread is None else self.spread[known]
         uses = {number: name for name, number in PARTS.items()}
         for name, criterion in criteria.items():
-            places = criterion.classed(self.measure(name))[known]
-            order, parts = alike(np.where(places < 0, -1, places * len(uses) + use))
-            r, p = reference[order], predicted[order]
-            s = None if spread is None else spread[order]
-            for number, part in parts:
-                place, used = divmod(number, len(uses))
-                key = f"{name}/{uses[used]}/{place}"
-                stats = Stats.of(p[part], r[part], predicted_valid=~np.isnan(p[part]))
-                held = None if s is None else _held(p[part] - r[part], s[part])
-                yield key, stats, held
+            places = criterion.classed(self.measure(name))
+            judged = self.known & (places >= 0)
+            found, labels = numbered(np.where(judged, places * len(uses) + self.labels, -1))
+            stats = Stats.by(self.predicted, self.reference, labels, len(found))
+            held: Sequence[Intervals | None] = [None] * len(found)
+            if self.spread is not None:
+                held = Intervals.by(self.errors, self.spread, labels, len(found))
+            for number, its_stats, its_held in zip(found, stats, held, strict=True):
+                place, use = divmod(number, len(uses))
+                if its_stats.n_reference:
+                    yield f"{name}/{uses[use]}/{place}", its_stats, its_held
 
     def intervals(self) -> Iterator[tuple[str, Intervals]]:
         """What spreads hold on each split and on all ground."""
         if self.spread is None:
             return
-        for split, judged in self.splits():
-            errors = self.predicted[judged] - self.reference[judged]
-            yield f"model/{split}", _held(errors, self.spread[judged])
+        parts = Intervals.by(self.errors, self.spread, self.labels, len(PARTS))
+        for split, use in USES.items():
+            yield f"model/{split}", parts[use]
+        yield "model/all", sum(parts, Intervals.zero())
 
     @cached_property
     def tests(self) -> NDArray[np.bool_]:
         """Test pixels with a reference and a prediction."""
-        known = ~np.isnan(self.predicted) & ~np.isnan(self.reference)
-        tests: NDArray[np.bool_] = known & (self.use == TEST)
+        tests: NDArray[np.bool_] = ~np.isnan(self.errors) & (self.use == TEST)
         return tests
 
     def blocks(self, grid: int, region: Region, edge: int) -> Blocks:
         """Sums by block of test ground, `edge` pixels wide, of the grid of that number."""
-        errors = self.predicted - self.reference
         east, north = (rise[self.tests] for rise in self.gradient)
-        sums = terms((east, north), errors[self.tests])
-        return Blocks.of((grid, region, edge), errors, self.reference, self.tests, sums)
+        sums = terms((east, north), self.errors[self.tests])
+        return Blocks.of((grid, region, edge), self.errors, self.reference, self.tests, sums)
 
     def facets(self) -> Facets:
         """Errors on test ground by aspect and slope."""
-        return Facets.of(self.gradient, self.predicted - self.reference, self.tests)
+        return Facets.of(self.gradient, self.errors, self.tests)
 
     def crossings(self, region: Region, every: int) -> Crossings:
         """Steps of the errors at lines so many pixels apart."""
@@ -204,10 +228,10 @@ class Ground:
 
     def variograms(self) -> Iterator[tuple[str, Variogram]]:
         """How far errors go together, on the CORRELATED grounds."""
-        errors, predicted = self.predicted - self.reference, ~np.isnan(self.predicted)
+        predicted = ~np.isnan(self.predicted)
         for split, judged in self.splits():
             if split in CORRELATED:
-                yield split, Variogram.of(errors, judged & predicted)
+                yield split, Variogram.of(self.errors, judged & predicted)
 
     def pictures(self, region: Region, every: int) -> dict[str, NDArray[Any]]:
         """Thinned maps: the pixels taken are multiples of `every` on the whole grid."""
@@ -224,17 +248,11 @@ class Ground:
 
     def splits(self) -> Iterator[tuple[str, NDArray[np.bool_]]]:
         """The pixels with a reference of each split and of all ground."""
-        known = ~np.isnan(self.reference)
         for split, use in USES.items():
-            yield split, known & (self.use == use)
-        yield "all", known
+            yield split, self.known & (self.use == use)
+        yield "all", self.known
 
 
-def inner(values: NDArray[_Kind]) -> NDArray[_Kind]:
-    """A shard without the MARGIN about it."""
-    return values[MARGIN:-MARGIN, MARGIN:-MARGIN]
-
-
-def _held(errors: NDArray[np.float32], spread: NDArray[np.float32]) -> Intervals:
-    known = ~np.isnan(spread)
-    return Intervals.of(errors[known], spread[known])
+def inner(values: NDArray[_Kind], margin: int = MARGIN) -> NDArray[_Kind]:
+    """A shard without the margin about it."""
+    return values[margin:-margin, margin:-margin]

@@ -31,8 +31,9 @@ Sums = Mapping[str, Stats | Scatter]
 
 
 def by_split(sums: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The metrics of a predictor on each split."""
-    return {split: _summary(sums, f"{name}/{split}") for split in SPLITS}
+    """The metrics of a predictor on each split; where it was not judged, those of no pixels."""
+    nothing = {f"{name}/{split}": Stats.zero() for split in SPLITS}
+    return {split: _summary({**nothing, **sums}, f"{name}/{split}") for split in SPLITS}
 
 
 def by_class(sums: Mapping[str, Any], criteria: Mapping[str, Criterion]) -> dict[str, Any]:
