@@ -61,12 +61,13 @@ class Intervals:
         Args:
             difference: predicted - reference, metres, any shape.
             spread: metres above 0, the same shape; NaN where there is none.
-            labels: the same shape: number of the class of each pixel, -1 for those not judged;
-                where there are a label and a spread, the difference is finite.
-            count: of classes.
+            labels: the same shape, or several such along a first axis: number of the class of each
+                pixel, -1 for those not judged; where there are a label and a spread, the
+                difference is finite.
+            count: of classes, of all axes together.
         """
         d, s = (np.ascontiguousarray(values).reshape(-1) for values in (difference, spread))
-        flat = np.ascontiguousarray(labels).reshape(-1)
+        flat = np.ascontiguousarray(labels).reshape(labels.size // max(d.size, 1), d.size)
         return [cls(sums) for sums in loops.within(d, s, flat, count, _PARTS, _LARGEST)]
 
     def __add__(self, other: Self) -> Self:

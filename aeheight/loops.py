@@ -31,6 +31,42 @@ def _compiled(loop: _Loop) -> _Loop:
 
 
 @_compiled
+def _means(
+    predicted: NDArray[Any], reference: NDArray[Any], labels: NDArray[np.int32], count: int
+) -> tuple[int, NDArray[np.int64], NDArray[np.float64]]:
+    """As `moments`, without the sums of squares, for which means must be known first."""
+    pixels, wrong = np.zeros((count, 2), np.int64), 0
+    sums, origin = np.zeros((count, 10)), np.zeros((count, 3))
+    sums[:, 8], sums[:, 9] = np.inf, -np.inf
+    kinds, n = labels.shape
+    for i in range(n):
+        r, p = np.float64(reference[i]), np.float64(predicted[i])
+        d, judged = p - r, False
+        there = math.isfinite(d)
+        for k in range(kinds):
+            c = labels[k, i]
+            if c < 0:
+                continue
+            judged = True
+            pixels[c, 0] += 1
+            if there:
+                if pixels[c, 1] == 0:  # a constant, taken from itself, has a spread of exactly 0
+                    origin[c, 0], origin[c, 1], origin[c, 2] = r, p, d
+                pixels[c, 1] += 1
+                sums[c, 0] += r - origin[c, 0]
+                sums[c, 1] += p - origin[c, 1]
+                sums[c, 2] += d - origin[c, 2]
+                sums[c, 7] += abs(d)
+                sums[c, 8] = min(sums[c, 8], d)
+                sums[c, 9] = max(sums[c, 9], d)
+        wrong += judged and not there and (math.isinf(p) or not math.isfinite(r))
+    for c in range(count):
+        for k in range(3):
+            sums[c, k] = origin[c, k] + sums[c, k] / max(pixels[c, 1], 1)
+    return wrong, pixels, sums
+
+
+@_compiled
 def moments(
     predicted: NDArray[Any],
     reference: NDArray[Any],
@@ -42,7 +78,7 @@ def moments(
     Args:
         predicted: (n,) metres; NaN where there is none.
         reference: (n,) metres.
-        labels: (n,) class of each pixel, from 0; -1 for those that do not count.
+        labels: (k, n) classes of each pixel, from 0; -1 where it does not count.
         count: of classes.
 
     Returns:
@@ -52,47 +88,22 @@ def moments(
         (count, 10) means of r, p and d; sums of (r - mean)², (p - mean)², (d - mean)² and
         (r - mean)(p - mean); sum of abs(d); least and largest d.
     """
-    pixels = np.zeros((count, 2), np.int64)
-    sums = np.zeros((count, 10))
-    sums[:, 8], sums[:, 9] = np.inf, -np.inf
-    origin, wrong = np.zeros((count, 3)), 0
-    for i in range(labels.size):
-        c = labels[i]
-        if c < 0:
-            continue
-        pixels[c, 0] += 1
-        r, p = np.float64(reference[i]), np.float64(predicted[i])
-        d = p - r
-        if not math.isfinite(d):
-            wrong += math.isinf(p) or not math.isfinite(r)
-            continue
-        if pixels[c, 1] == 0:  # a constant, taken from itself, has a spread of exactly 0
-            origin[c, 0], origin[c, 1], origin[c, 2] = r, p, d
-        pixels[c, 1] += 1
-        sums[c, 0] += r - origin[c, 0]
-        sums[c, 1] += p - origin[c, 1]
-        sums[c, 2] += d - origin[c, 2]
-        sums[c, 7] += abs(d)
-        sums[c, 8] = min(sums[c, 8], d)
-        sums[c, 9] = max(sums[c, 9], d)
-    for c in range(count):
-        for k in range(3):
-            sums[c, k] = origin[c, k] + sums[c, k] / max(pixels[c, 1], 1)
-    for i in range(labels.size):
-        c = labels[i]
-        if c < 0:
-            continue
+    wrong, pixels, sums = _means(predicted, reference, labels, count)
+    kinds, n = labels.shape
+    for i in range(n):
         r, p = np.float64(reference[i]), np.float64(predicted[i])
         d = p - r
         if math.isnan(d):
             continue
-        r -= sums[c, 0]
-        p -= sums[c, 1]
-        d -= sums[c, 2]
-        sums[c, 3] += r * r
-        sums[c, 4] += p * p
-        sums[c, 5] += d * d
-        sums[c, 6] += r * p
+        for k in range(kinds):
+            c = labels[k, i]
+            if c < 0:
+                continue
+            from_r, from_p, from_d = r - sums[c, 0], p - sums[c, 1], d - sums[c, 2]
+            sums[c, 3] += from_r * from_r
+            sums[c, 4] += from_p * from_p
+            sums[c, 5] += from_d * from_d
+            sums[c, 6] += from_r * from_p
     return wrong, pixels, sums
 
 
@@ -110,25 +121,28 @@ def histogram(
     Args:
         predicted: (n,) metres; NaN where there is none.
         reference: (n,) metres.
-        labels: (n,) row of each pixel, -1 for those that do not count.
+        labels: (k, n) rows of each pixel, -1 where it does not count.
         dense: (classes, bins) counts that are added to.
         low: the first of its bins.
         width: of a bin, metres.
 
     Returns:
-        How many fell outside.
+        How many pixels lie outside.
     """
+    kinds, n = labels.shape
     outside = 0
-    for i in range(labels.size):
-        c = labels[i]
+    for i in range(n):
         d = np.float64(predicted[i]) - np.float64(reference[i])
-        if c < 0 or math.isnan(d):
+        if math.isnan(d):
             continue
-        k = np.floor(min(max(d / width + 0.5, -FARTHEST), FARTHEST)) - low
-        if 0 <= k < dense.shape[1]:
-            dense[c, int(k)] += 1
-        else:
+        place = np.floor(min(max(d / width + 0.5, -FARTHEST), FARTHEST)) - low
+        if not 0 <= place < dense.shape[1]:
             outside += 1
+            continue
+        column = int(place)
+        for k in range(kinds):
+            if labels[k, i] >= 0:
+                dense[labels[k, i], column] += 1
     return outside
 
 
@@ -144,9 +158,9 @@ def within(
     """What spreads hold in each class, in whole numbers.
 
     Args:
-        errors: (n,) d, metres; finite where there is a spread.
+        errors: (n,) d, metres; finite where there are a spread and a label.
         spread: (n,) metres above 0; NaN where there is none.
-        labels: (n,) class of each pixel, -1 for those that do not count.
+        labels: (k, n) classes of each pixel, -1 where it does not count.
         count: of classes.
         parts: bins of abs(d) / spread for each whole one.
         largest: from here on it is counted as one.
@@ -155,18 +169,25 @@ def within(
         (count, 4 + parts * largest + 1) pixels, those with abs(d) <= spread, the sums of spreads
         and of what lies outside in millimetres (each rounded), then the histogram.
     """
+    kinds, n = labels.shape
     sums = np.zeros((count, 5 + parts * largest), np.int64)
-    for i in range(labels.size):
-        c = labels[i]
-        half = np.float64(spread[i])
-        if c < 0 or math.isnan(half):
+    for i in range(n):
+        half, error = np.float64(spread[i]), abs(np.float64(errors[i]))
+        if math.isnan(half) or math.isnan(error):
             continue
-        error = abs(np.float64(errors[i]))
-        sums[c, 0] += 1
-        sums[c, 1] += error <= half
-        sums[c, 2] += np.int64(np.rint(half * 1000))
-        sums[c, 3] += np.int64(np.rint(max(error - half, 0.0) * 1000))
-        sums[c, 4 + int(min(error / half * parts, parts * largest))] += 1
+        inside = error <= half
+        width = np.int64(np.rint(half * 1000))
+        outside = np.int64(np.rint(max(error - half, 0.0) * 1000))
+        column = 4 + int(min(error / half * parts, parts * largest))
+        for k in range(kinds):
+            c = labels[k, i]
+            if c < 0:
+                continue
+            sums[c, 0] += 1
+            sums[c, 1] += inside
+            sums[c, 2] += width
+            sums[c, 3] += outside
+            sums[c, column] += 1
     return sums
 
 
@@ -205,6 +226,38 @@ def places(values: NDArray[Any], edges: NDArray[np.float64]) -> NDArray[np.int32
         for edge in edges:
             k += value >= edge
         found[i] = -1 if k == edges.size - 1 else k
+    return found
+
+
+@_compiled
+def facing(east: NDArray[np.float64], north: NDArray[np.float64], flat: float) -> NDArray[np.int64]:
+    """Where slopes fall to: 0 north, 1 north-east, and so on to 7; 8 where they are flat.
+
+    Args:
+        east: (rows, columns) rise to the east, metres a metre.
+        north: likewise.
+        flat: least rise that is not flat, metres a metre.
+
+    Returns:
+        (rows, columns), -1 where the rise is NaN.
+    """
+    found = np.full(east.shape, -1, np.int64)
+    narrow = math.sqrt(2) - 1  # the tangent of half a sector, 22.5 degrees
+    for row in range(east.shape[0]):
+        for col in range(east.shape[1]):
+            x, y = -east[row, col], -north[row, col]
+            if math.isnan(x) or math.isnan(y):
+                continue
+            if x * x + y * y < flat * flat:
+                found[row, col] = 8
+            elif abs(x) <= narrow * abs(y):
+                found[row, col] = 0 if y > 0 else 4
+            elif abs(y) <= narrow * abs(x):
+                found[row, col] = 2 if x > 0 else 6
+            elif x > 0:
+                found[row, col] = 1 if y > 0 else 3
+            else:
+                found[row, col] = 7 if y > 0 else 5
     return found
 
 

@@ -153,15 +153,15 @@ class Stats:
         Args:
             predicted: heights in metres, any shape; NaN is declared to be no prediction.
             reference: heights in metres, the same shape.
-            labels: the same shape: number of the class of each pixel that has a reference and is
-                judged, -1 for the others.
-            count: of classes.
+            labels: the same shape, or several such along a first axis: number of the class of each
+                pixel that has a reference and is judged, -1 for the others.
+            count: of classes, of all axes together.
 
         Raises:
             InputError: shapes differ, a label is no class, or a pixel with a label has an infinite
                 prediction or no finite reference.
         """
-        if not predicted.shape == reference.shape == labels.shape:
+        if predicted.shape != reference.shape or labels.shape[-predicted.ndim :] != predicted.shape:
             raise InputError(
                 f"predicted has shape {predicted.shape}, reference {reference.shape} and labels "
                 f"{labels.shape}; give equal ones"
@@ -181,7 +181,7 @@ class Stats:
         count: int,
     ) -> list["Stats"]:
         p, r = (np.ascontiguousarray(values).reshape(-1) for values in (predicted, reference))
-        c = np.ascontiguousarray(labels).reshape(-1)
+        c = np.ascontiguousarray(labels).reshape(labels.size // max(p.size, 1), p.size)
         wrong, pixels, sums = loops.moments(p, r, c, count)
         if wrong:
             raise InputError(
@@ -358,9 +358,11 @@ def _histograms(
     if outside:
         d = predicted.astype(np.float64) - reference
         bins = bin_numbers(np.where(np.isnan(d), 0.0, d) / BIN + 0.5)
-        far = (labels >= 0) & ~np.isnan(d) & ((bins < low) | (bins >= low + width))
-        for number in np.unique(labels[far]).tolist():
-            found[number] = found[number] + Counts.of(bins[far & (labels == number)])
+        far = ~np.isnan(d) & ((bins < low) | (bins >= low + width))
+        bins, owners = bins[far], labels[:, far]
+        for number in np.unique(owners[owners >= 0]).tolist():
+            held = np.broadcast_to(bins, owners.shape)[owners == number]
+            found[number] = found[number] + Counts.of(held)
     return found
 
 

@@ -13,6 +13,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from aeheight import loops
+
 SECTORS: Final = ("north", "north-east", "east", "south-east", "south", "south-west", "west",
                   "north-west", "flat")  # fmt: skip
 """Where a slope faces, downhill."""
@@ -51,17 +53,14 @@ def slope(height: NDArray[np.float32], dy: float, dx: float) -> NDArray[np.float
 
 def steepness(east: NDArray[np.float64], north: NDArray[np.float64]) -> NDArray[np.float32]:
     """Slope in degrees of a `gradient`."""
-    return np.degrees(np.arctan(np.hypot(east, north))).astype(np.float32)
+    rise: NDArray[np.float32] = np.sqrt(east * east + north * north).astype(np.float32)
+    return np.degrees(np.arctan(rise))
 
 
 def facing(east: NDArray[np.float64], north: NDArray[np.float64]) -> NDArray[np.int64]:
     """The number among `SECTORS` where each slope of a `gradient` faces; -1 where it is NaN."""
-    degrees = np.degrees(np.arctan2(-east, -north))
-    known = ~np.isnan(degrees)
-    sector = np.floor((np.where(known, degrees, 0.0) + 22.5) / 45).astype(np.int64) % 8
-    sector[known & (np.hypot(east, north) < np.tan(np.radians(FLAT)))] = SECTORS.index("flat")
-    sector[~known] = -1
-    return sector
+    numbers: NDArray[np.int64] = loops.facing(east, north, np.tan(np.radians(FLAT)))
+    return numbers
 
 
 def roughness(height: NDArray[np.float32]) -> NDArray[np.float32]:

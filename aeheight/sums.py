@@ -2,18 +2,24 @@
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from aeheight.counts import Counts
 from aeheight.errors import InputError
 from aeheight.metrics import Scatter, Stats
 
 FORMAT: Final = "aeheight-sums"
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
+
+_KEYS: Final = {"Stats": "histogram", "Scatter": "cells"}
+"""The field of each that holds its histogram."""
+
+_NONE: Final = np.empty(0, np.int64)
 
 Table = Mapping[str, Stats | Scatter]
 """Named sums of one piece of ground, such as "model/test"."""
@@ -47,11 +53,23 @@ def merge_tables(tables: Iterable[Table]) -> dict[str, Stats | Scatter]:
 
 
 def dump(table: Table) -> bytes:
-    """Named sums as compact bytes; the same sums give the same bytes, in any order of names."""
-    sums = {name: _plain(part) for name, part in table.items()}
-    document = {"format": FORMAT, "version": FORMAT_VERSION, "sums": sums}
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
-    return zlib.compress(text.encode(), 1)
+    """Named sums as compact bytes; the same sums give the same bytes, in any order of names.
+
+    JSON, and behind it the steps from one filled bin to the next and the counts of all histograms,
+    each in as few bytes as its largest needs.
+    """
+    names = sorted(table)
+    held = [_counts(table[name]) for name in names]
+    steps = _narrow(np.concatenate([_NONE, *(np.diff(counts.bins) for counts in held)]))
+    counts = _narrow(np.concatenate([_NONE, *(counts.counts for counts in held)]))
+    document = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "types": [steps.dtype.str, counts.dtype.str],
+        "sums": {name: _plain(table[name], own) for name, own in zip(names, held, strict=True)},
+    }
+    text = json.dumps(document, separators=(",", ":")).encode()
+    return zlib.compress(b"\0".join((text, steps.tobytes() + counts.tobytes())), 1)
 
 
 def load(data: bytes) -> dict[str, Stats | Scatter]:
@@ -61,10 +79,11 @@ def load(data: bytes) -> dict[str, Stats | Scatter]:
         InputError: the bytes are damaged, something else, or of another format version.
     """
     try:
-        document = json.loads(zlib.decompress(data))
+        text, _, arrays = zlib.decompress(data).partition(b"\0")
+        document = json.loads(text)
         found = document["format"], document["version"]
         if found == (FORMAT, FORMAT_VERSION):
-            return {name: _restored(entry) for name, entry in document["sums"].items()}
+            return dict(_restored(document, arrays))
     except (zlib.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
             f"stored sums cannot be read ({len(data)} bytes: {error}); "
@@ -86,20 +105,43 @@ def _add_tables(first: Table, second: Table) -> Table:
     return total
 
 
-def _plain(part: Stats | Scatter) -> dict[str, Any]:
-    """Sums as JSON can hold them; bins as steps from the last, which are short and much alike."""
+def _counts(part: Stats | Scatter) -> Counts:
+    return part.histogram if isinstance(part, Stats) else part.cells
+
+
+def _plain(part: Stats | Scatter, counts: Counts) -> dict[str, Any]:
+    """Sums as JSON can hold them; of their bins the first and how many are filled."""
     values = {field.name: getattr(part, field.name) for field in fields(part)}
-    for name, value in values.items():
-        if isinstance(value, Counts):
-            steps = np.diff(value.bins, prepend=0).tolist()
-            values[name] = {"steps": steps, "counts": value.counts.tolist()}
-    return {"kind": type(part).__name__} | values
+    first = counts.bins[:1].tolist()
+    told = {name: [*first, counts.bins.size] for name in values if values[name] is counts}
+    return {"kind": type(part).__name__} | values | told
 
 
-def _restored(entry: dict[str, Any]) -> Stats | Scatter:
-    """The sums behind one entry of a dumped document."""
-    kind = entry.pop("kind")
-    key = {"Stats": "histogram", "Scatter": "cells"}[kind]
-    steps, counts = (np.array(entry[key][part], np.int64) for part in ("steps", "counts"))
-    entry[key] = Counts(np.cumsum(steps), counts)
-    return Stats(**entry) if kind == "Stats" else Scatter(**entry)
+def _restored(document: Mapping[str, Any], arrays: bytes) -> Iterator[tuple[str, Stats | Scatter]]:
+    """The sums of a dumped document, by name."""
+    types = [np.dtype(name) for name in document["types"]]
+    sums = document["sums"].items()
+    filled = sum(_held(entry)[-1] for _, entry in sums)
+    gaps = sum(max(_held(entry)[-1] - 1, 0) for _, entry in sums)
+    steps = np.frombuffer(arrays, types[0], gaps)
+    counts = np.frombuffer(arrays, types[1], filled, gaps * types[0].itemsize)
+    for name, entry in sums:
+        *first, size = _held(entry)
+        own, steps = steps[: max(size - 1, 0)], steps[max(size - 1, 0) :]
+        bins = np.cumsum(np.concatenate([np.array(first, np.int64), own.astype(np.int64)]))
+        restored = Counts(bins.astype(np.int64), counts[:size].astype(np.int64))
+        counts = counts[size:]
+        kind = entry.pop("kind")
+        entry[_KEYS[kind]] = restored
+        yield name, Stats(**entry) if kind == "Stats" else Scatter(**entry)
+
+
+def _held(entry: Mapping[str, Any]) -> list[int]:
+    """The first bin, where there is one, and how many are filled."""
+    held: list[int] = entry[_KEYS[entry["kind"]]]
+    return held
+
+
+def _narrow(values: NDArray[np.int64]) -> NDArray[Any]:
+    """The same numbers from 0 on in as few bytes as the largest needs, little-endian."""
+    return values.astype(np.min_scalar_type(int(values.max(initial=0))).newbyteorder("<"))

@@ -317,12 +317,15 @@ def test_damaged_or_foreign_bytes_are_refused():
     for bad in (b"", b"not sums", data[:-9], zlib.compress(b"[]"), zlib.compress(b'{"a": 1}')):
         with pytest.raises(InputError, match=r"cannot be read .* --overwrite"):
             load(bad)
-    document = json.loads(zlib.decompress(data))
+    text, _, arrays = zlib.decompress(data).partition(b"\0")
+    with pytest.raises(InputError, match="cannot be read"):
+        load(zlib.compress(text + b"\0" + arrays[:-1]))
+    document = json.loads(text)
     document["sums"]["scatter"]["kind"] = "Spline"
     with pytest.raises(InputError, match="cannot be read"):
-        load(zlib.compress(json.dumps(document).encode()))
+        load(zlib.compress(json.dumps(document).encode() + b"\0" + arrays))
     document["version"] = 99
-    with pytest.raises(InputError, match=r"version 99, and this .* version 2"):
+    with pytest.raises(InputError, match=r"version 99, and this .* version 3"):
         load(zlib.compress(json.dumps(document).encode()))
 
 

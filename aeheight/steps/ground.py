@@ -180,21 +180,24 @@ class Ground:
     ) -> Iterator[tuple[str, Stats, Intervals | None]]:
         """Sums of the model on each class of each criterion, by the PARTS that ground is used for.
 
-        Each pixel is sorted to its class once, whatever the number of classes.
+        All criteria are summed up in one pass over the pixels.
         """
         uses = {number: name for name, number in PARTS.items()}
-        for name, criterion in criteria.items():
+        keys: list[str] = []
+        labels = np.empty((len(criteria), *self.reference.shape), np.int32)
+        for label, (name, criterion) in zip(labels, criteria.items(), strict=True):
             places = criterion.classed(self.measure(name))
             judged = self.known & (places >= 0)
-            found, labels = numbered(np.where(judged, places * len(uses) + self.labels, -1))
-            stats = Stats.by(self.predicted, self.reference, labels, len(found))
-            held: Sequence[Intervals | None] = [None] * len(found)
-            if self.spread is not None:
-                held = Intervals.by(self.errors, self.spread, labels, len(found))
-            for number, its_stats, its_held in zip(found, stats, held, strict=True):
-                place, use = divmod(number, len(uses))
-                if its_stats.n_reference:
-                    yield f"{name}/{uses[use]}/{place}", its_stats, its_held
+            found, numbers = numbered(np.where(judged, places * len(uses) + self.labels, -1))
+            label[...] = np.where(judged, numbers + len(keys), -1)
+            keys += [f"{name}/{uses[n % len(uses)]}/{n // len(uses)}" for n in found]
+        stats = Stats.by(self.predicted, self.reference, labels, len(keys))
+        held: Sequence[Intervals | None] = [None] * len(keys)
+        if self.spread is not None:
+            held = Intervals.by(self.errors, self.spread, labels, len(keys))
+        for key, its_stats, its_held in zip(keys, stats, held, strict=True):
+            if its_stats.n_reference:
+                yield key, its_stats, its_held
 
     def intervals(self) -> Iterator[tuple[str, Intervals]]:
         """What spreads hold on each split and on all ground."""

@@ -5,8 +5,8 @@
 
 Real codes, mirrored to a square, and made-up heights lie in a cube and a map as `aeheight` writes
 them, in shards of 1024 px. `read` only reads the arrays that a shard's report is made from;
-`evaluate` is the task of `aeheight evaluate`: all statistics of the report, its baselines (with
-`--kernel` the kernel regression of a network too, on 30 % of the ground), sums stored, receipt left.
+`evaluate` is the task of `aeheight evaluate`: all statistics of the report, its baselines, sums
+stored, receipt left; with `--kernel` a network's kernel regression too, on 30 % of the ground.
 In turns, each on so many processes of one thread, after one shard each to warm up. What is read
 lies in the page cache, so decoding is what is measured. The aims: at least half the speed of
 reading, and at least 0.75 n times one process on n physical cores.
@@ -179,7 +179,7 @@ def task(folder: Path, cube: Tree, heights: Tree, codes: NDArray[np.int8], *, be
 
 
 def made_up(edge: int) -> dict[str, NDArray[np.generic]]:
-    """Hills with trees on them, a map that errs, and a split of blocks: 20 % test, 10 % held out."""
+    """Hills with trees on them, a map that errs, and blocks: 20 % test, 10 % validate."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:edge, :edge].astype(np.float32)
     hills = 250 + 120 * np.sin(x / 170) * np.cos(y / 230) + 40 * np.sin((x + 2 * y) / 37)
