@@ -1,5 +1,6 @@
 """Words of the report beside the metrics' own, with formula and source."""
 
+import math
 from typing import Final
 
 TERMS: Final = {
@@ -35,3 +36,18 @@ TERMS: Final = {
     ),
 }
 """Words beside the metrics' own: the key of metrics.json that uses each, and what it means."""
+
+
+def format_metric(value: float | None, name: str) -> str:
+    """A metric as a person reads it; a dash where it is undefined."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if name == "n":
+        return f"{value:,.0f}".replace(",", "\u202f")
+    if name == "coverage":
+        # Never rounded up to a full 100 %, which would hide the gaps.
+        return f"{math.floor(value * 1000) / 10:.1f} %"
+    if name in ("r2", "pearson"):
+        return f"{round(value, 3) + 0.0:.3f}".replace("-", "−")
+    sign = "+" if name in ("mean", "median", "p5", "p95", "min", "max") else ""
+    return f"{round(value, 2) + 0.0:{sign}.2f}".replace("-", "−")

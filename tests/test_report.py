@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aeheight.figures import Maps, format_metric
+from aeheight.figures import Maps
 from aeheight.metrics import GLOSSARY, Scatter, Stats
-from aeheight.report import ATTRIBUTION, Prediction, Report, judged_split, render
+from aeheight.report import ATTRIBUTION, Prediction, Report, render
+from aeheight.rows import judged_split
 from aeheight.seams import Seams
+from aeheight.terms import format_metric
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 EVIL = '<script>alert("x")</script>'
