@@ -280,9 +280,12 @@ def _png(figure: Figure, dpi: float, colours: str | None) -> str:
 
 
 def _palette(colours: str) -> Image.Image:
-    """200 colours of a map, which keep its colour bar smooth; greys for the text and no data."""
-    main = matplotlib.colormaps[colours](np.linspace(0, 1, 200))[:, :3]
-    greys = np.linspace(0, 1, 55)[:, None].repeat(3, axis=1)
+    """230 colours of a map, which keep its colour bar smooth; greys for the text and no data.
+
+    Pillow takes colours less than 8 levels apart for one: more greys would tint the white.
+    """
+    main = matplotlib.colormaps[colours](np.linspace(0, 1, 230))[:, :3]
+    greys = np.linspace(0, 1, 25)[:, None].repeat(3, axis=1)
     table = np.concatenate([main, greys, [to_rgb(GREY)]])
     palette = Image.new("P", (1, 1))
     palette.putpalette((255 * table).round().astype(np.uint8).tobytes())

@@ -150,6 +150,7 @@ def render(report: Report) -> str:
         seam=_chosen_seam(report.prediction),
         learning=_learning(report),
         trust=metrics.get("provenance", {}).get("model", {}).get("trust"),
+        base=rows.base_name(metrics),
         provenance=rows.provenance(metrics),
         cautions=[*report.notes, *CAUTIONS],
         attribution=ATTRIBUTION,

@@ -54,6 +54,12 @@ def predictors(metrics: Mapping[str, Any], model: str) -> dict[str, Mapping[str,
     return found
 
 
+def base_name(metrics: Mapping[str, Any]) -> str:
+    """What the network corrects, in words."""
+    corrects = metrics.get("provenance", {}).get("model", {}).get("corrects")
+    return NAMES.get(corrects, "its base")
+
+
 def bars(metrics: Mapping[str, Any], model: str, split: str) -> list[dict[str, Any]]:
     """RMSE of each predictor, with its width in percent and the model's gain on it."""
     found = {

@@ -34,6 +34,32 @@ TERMS: Final = {
         "highest less the lowest of them (Wilson et al. 2007). Distance to training ground is the "
         "larger of rows and columns apart.",
     ),
+    "quantiles": (
+        "model",
+        "Of median, LE68, LE90, LE95, P5 and P95: linear between order statistics (Hyndman & Fan "
+        "1996, type 7), from a histogram of 1 cm bins: at most 0.5 cm off, NMAD at most 1.5 cm.",
+    ),
+    "spread": (
+        "intervals",
+        "Half the width of the interval that is to hold 90 % of the true heights; held is the "
+        "share whose |d| is at most the spread. The right spread is the told one × the 90 % "
+        "quantile of |d| / spread (conformal prediction, Papadopoulos et al. 2002).",
+    ),
+    "interval score": (
+        "intervals",
+        "Mean of 2 · spread + 20 · max(|d| − spread, 0): narrow and right is low (Gneiting & "
+        "Raftery 2007, eq. 43, at 90 %).",
+    ),
+    "semivariance": (
+        "correlation",
+        "Σ(d(x) − d(x + h))² / 2N over the N pairs of pixels h apart along rows and columns "
+        "(Matheron 1963); errors go together up to where it reaches 95 % of the variance of d.",
+    ),
+    "from training": (
+        "shift",
+        "Wasserstein-1 distance ∫|F − G| of two distributions of heights (Vallender 1974); overlap "
+        "is the sum of the smaller of their shares (Inman & Bradley 1989).",
+    ),
 }
 """Words beside the metrics' own: the key of metrics.json that uses each, and what it means."""
 

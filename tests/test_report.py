@@ -244,7 +244,8 @@ def test_the_page_asks_the_network_for_nothing(report):
     page = Page(html)
     assert not {"script", "link", "iframe", "object", "embed"} & {tag for tag, _ in page.tags}
     for _, attributes in page.tags:
-        assert not {"href", "srcset", "poster", "background"} & set(attributes)
+        assert not {"srcset", "poster", "background"} & set(attributes)
+        assert re.fullmatch(r"#\w+|[\w.]+", attributes.get("href", "#here"))
         assert attributes.get("src", "data:").startswith("data:")
     style = html.partition("<style>")[2].partition("</style>")[0]
     assert "url(" not in style
