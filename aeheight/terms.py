@@ -43,7 +43,7 @@ TERMS: Final = {
         "intervals",
         "Half the width of the interval that is to hold 90 % of the true heights; held is the "
         "share whose |d| is at most the spread. The right spread is the told one × the 90 % "
-        "quantile of |d| / spread (conformal prediction, Papadopoulos et al. 2002).",
+        "quantile of |d| / spread (Lei et al. 2018).",
     ),
     "interval score": (
         "intervals",
