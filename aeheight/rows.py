@@ -112,19 +112,17 @@ def classes(
 
     Figures are the class's metrics, `held` and `spread` of its intervals where the map has them,
     and `width`, its RMSE as a share of the largest in percent. Of a class of fewer than `FEW`
-    pixels there is `n` alone.
+    pixels there is `n` alone. A class raster that names no judged pixel has no rows.
     """
     held = metrics.get("intervals", {}).get("by", {})
+    asked = metrics.get("provenance", {}).get("classes") or {}
     for name, rows in metrics.get("by", {}).items():
         title, unit = CLASSES.get(name, (words(name).capitalize(), ""))
         known = {_label(row, unit): row for row in held.get(name, ()) if row.get("split") == split}
         chosen = [(_label(row, unit), row) for row in rows if row.get("split") == split]
-        if chosen and (name != "zone" or len(chosen) > 1):
+        if (chosen or name in asked) and (name != "zone" or len(chosen) > 1):
             longest = max((row["rmse"] for _, row in chosen if _tells(row)), default=0) or 1
-            yield (
-                title,
-                [(label, _figures(row, known.get(label), longest)) for label, row in chosen],
-            )
+            yield title, [(lab, _figures(row, known.get(lab), longest)) for lab, row in chosen]
 
 
 def _tells(row: Mapping[str, Any]) -> bool:

@@ -9,11 +9,19 @@ import re
 import numpy as np
 import pystac
 import pytest
+from affine import Affine
 
+from aeheight.cube import open_tree
+from aeheight.memory import peak_bytes
+from aeheight.metrics import Scatter, Stats
+from aeheight.report import Report, render
 from aeheight.rows import FEW
 from aeheight.sheets import SHEETS, sheets
+from aeheight.store import Store
 from tests.browser import CHROMIUM, visit
+from tests.runs import copied, one_message
 from tests.test_report import Page
+from tests.tifs import write_tif
 
 browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to open the page with")
 
@@ -207,3 +215,108 @@ def test_cells_of_the_csv_are_never_nan(small_run):
                 assert value.lower() not in ("nan", "inf", "-inf", "none")
                 if re.fullmatch(r"-?[\d.e+-]+", value):
                     assert math.isfinite(float(value))
+
+
+# Bad input.
+
+
+def pixels(path, values, world, nodata):
+    west, _, _, north = world.bounds
+    return str(write_tif(path, values, Affine(10, 0, west, 0, -10, north), world.crs, nodata))
+
+
+def test_ground_without_reference_and_a_raster_without_classes_are_told(
+    aeheight, regions, small_run, world, scheduler, tmp_path
+):
+    """No reference on the test half; one class raster that is empty, one of a single class."""
+    heights = np.random.default_rng(0).normal(100, 20, (256, 256)).astype(np.float32)
+    heights[:, 120:] = -9999
+    dsm = pixels(tmp_path / "half.tif", heights, world, -9999)
+    empty = pixels(tmp_path / "empty.tif", np.zeros((256, 256), np.uint8), world, 0)
+    single = pixels(tmp_path / "one.tif", np.ones((256, 256), np.uint8), world, 0)
+    about = {"source": "raster", "surface": "dtm", "vertical_datum": "EPSG:3855"}
+    half = regions.write(
+        "half",
+        height={"href": dsm} | about,
+        prior=None,
+        evaluate={"classes": {"empty": {"href": empty}, "single": {"href": single}}},
+    )
+    trained = ("--checkpoint", small_run.store, "--scheduler", scheduler)
+    result = aeheight("run", half.path, *trained)
+    assert result.code == 0, result.err
+    page = Page((report(half) / "index.html").read_text())
+    assert "There is no test ground that has both a reference and predictions" in page.words
+    assert "Empty, validation ground No judged pixel lies in a class of this raster" in page.words
+    assert page.words.count("No judged pixel lies") == 1
+    assert len([row for row in page.rows if row[0] == "class 1"]) == 1
+    assert "the reference is dtm in EPSG:3855: part of the difference is that" in page.words
+    metrics, item = half.metrics(), json.loads((report(half) / "item.json").read_bytes())
+    assert set(metrics["model"]["test"].values()) == {0, None}
+    assert metrics["confidence"] == {}
+    assert metrics["by"]["empty"] == []
+    assert item["properties"]["aeheight:split"] == "validation"
+    (test,) = (
+        row
+        for row in rows(half, "metrics.csv")
+        if (row["predictor"], row["split"]) == ("model", "test")
+    )
+    assert (test["n"], test["rmse"]) == ("0", "")
+    pystac.validation.validate_dict(item | {"stac_extensions": []})
+
+
+def test_an_infinite_height_in_the_map_is_no_figure(aeheight, regions, small_run, scheduler):
+    """What is missing is NaN; anything else that is no number fails its shard, and is named."""
+    twin = copied(small_run, regions)
+    tree = open_tree(Store.at(twin.heights))
+    shard = tree.template.shards("height")[0]
+    values = tree.read(shard.group, "height", shard.year, shard.region)
+    values[3, 4] = np.inf
+    tree.write(shard, values)
+    result = aeheight("evaluate", twin.path, "--overwrite", "--scheduler", scheduler)
+    assert result.code == 1
+    assert "1 of " in result.out + result.err
+    assert "predicted pixels declared valid are NaN or infinite" in result.out + result.err
+    assert not (report(twin) / "metrics.json").exists()
+    assert not (report(twin) / "index.html").exists()
+
+
+def test_a_reference_elsewhere_is_refused(aeheight, regions, world, tmp_path):
+    far = np.zeros((256, 256), np.float32)
+    west, _, _, north = world.bounds
+    place = Affine(10, 0, west + 50_000, 0, -10, north)
+    path = write_tif(tmp_path / "far.tif", far, place, world.crs, -9999)
+    about = {"source": "raster", "surface": "dsm", "vertical_datum": "EPSG:5773"}
+    elsewhere = regions.write("far", height={"href": str(path)} | about)
+    result = aeheight("ingest", elsewhere.path, "--plan")
+    assert result.code == 2
+    one_message(result.err, "touches the grid", "embeddings and heights must share ground")
+
+
+def test_errors_of_any_size_are_counted_and_drawn():
+    """No histogram has an end: errors of a million kilometres have their metrics and a picture."""
+    reference = np.linspace(0, 100, 1000)
+    far = 1e9 + np.linspace(0, 10, 1000)
+    stats = Stats.of(reference + far, reference)
+    summary = stats.summary()
+    assert summary["median"] == pytest.approx(np.median(far), abs=0.005)
+    assert summary["le90"] == pytest.approx(np.quantile(far, 0.9), abs=0.005)
+    assert summary["nmad"] == pytest.approx(1.4826 * 2.5, abs=0.02)
+    drawn = Report(
+        name="far",
+        metrics={"model": {"test": summary}, "baselines": {}},
+        errors=stats.errors(),
+        scatter=Scatter.of(reference + far, reference).dense(trim=0.0005),
+    )
+    assert drawn.errors[1].sum() >= 0.99 * 1000
+    page = Page(render(drawn))
+    assert "1000000005" in page.words
+    assert len(page.images) == 2
+
+
+def test_the_memory_of_a_worker_is_measured(small_run):
+    before = peak_bytes()
+    held = np.ones(before // 8 + 10**7)  # as much again, and 80 MB
+    assert held.sum() == held.size
+    assert peak_bytes() >= before + 80_000_000 or before == 0
+    page = Page((report(small_run) / "index.html").read_text())
+    assert before == 0 or page.row("evaluate")[-1].endswith(" GB")

@@ -374,7 +374,7 @@ def test_without_test_ground_the_page_says_so(report, left):
     without = only(report, left)
     assert judged_split(without.metrics["model"]) == left
     words = Page(render(without)).words
-    assert "There is no test ground with predictions" in words
+    assert "There is no test ground that has both" in words
     assert f"{left} ground" in words
 
 
