@@ -322,7 +322,9 @@ def test_the_memory_of_a_worker_is_measured(small_run):
         "from aeheight.memory import peak_bytes; before = peak_bytes();"
         "data = bytearray(200_000_000); del data; print(peak_bytes() - before)"
     )
-    grown = int(subprocess.run([sys.executable, "-c", held], capture_output=True).stdout)
+    grown = int(
+        subprocess.run([sys.executable, "-c", held], capture_output=True, check=True).stdout
+    )
     assert 190_000_000 < grown < 230_000_000 or not Path("/proc/self/status").exists()
     page = Page((report(small_run) / "index.html").read_text())
     assert page.row("evaluate")[-1].endswith(" GB") or not Path("/proc/self/status").exists()
