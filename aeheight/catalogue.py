@@ -1,4 +1,4 @@
-"""STAC 1.1: an item a tile, one for the model, and the collection that holds them.
+"""STAC 1.1: an item a tile, one for the model, the collection that holds them, one for a report.
 
 Extensions: projection, raster, file (SHA-256 as multihash), processing, and MLM for the model.
 Everything links by relative paths, so that a folder of exports can be moved or published as it is.
@@ -42,6 +42,22 @@ class File:
     """Hexadecimal."""
     statistics: Mapping[str, float]
     """Of its valid pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A file of a report, as its item describes it."""
+
+    href: str
+    """Relative to the item."""
+    title: str
+    media: str
+    """Media type."""
+    roles: tuple[str, ...]
+    size: int
+    """Bytes."""
+    sha256: str
+    """Hexadecimal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +235,56 @@ def model_item(origin: Origin, facts: Mapping[str, Any], file: File) -> bytes:
     for rel in ("root", "parent", "collection"):
         item.add_link(_link(rel, COLLECTION, origin.collection))
     return _json(item.to_dict(include_self_link=False, transform_hrefs=False))
+
+
+def report_item(
+    grids: Sequence[Grid],
+    year: int,
+    figures: Mapping[str, Any],
+    pages: Sequence[Page],
+    origin: Origin,
+) -> bytes:
+    """The item of an accuracy report, as JSON: where and when, the figures, and the files.
+
+    Args:
+        grids: the region's zones.
+        year: of the embeddings that the map was made from.
+        figures: what goes under `aeheight:` in its properties.
+        pages: the report's files; those with the role `overview` are linked too.
+        origin: of the map; its `collection` is the region's name.
+    """
+    boxes = [reproject_bounds(grid.bounds, grid.crs, _DEGREES) for grid in grids]
+    parts = [_outline(grid, box) for grid, box in zip(grids, boxes, strict=True)]
+    rings = [ring for part in parts for ring in _polygons(part)]
+    item = pystac.Item(
+        id=f"{origin.collection}-report-{year}",
+        geometry=parts[0] if len(parts) == 1 else {"type": "MultiPolygon", "coordinates": rings},
+        bbox=list(_around(boxes) if len(boxes) > 1 else boxes[0]),
+        datetime=None,
+        start_datetime=datetime(year, 1, 1, tzinfo=UTC),
+        end_datetime=datetime(year, 12, 31, 23, 59, 59, tzinfo=UTC),
+        properties={
+            "title": f"Accuracy of the heights of {origin.collection}",
+            **origin.properties,
+            **{f"aeheight:{name}": value for name, value in figures.items()},
+        },
+        stac_extensions=[PROCESSING],
+    )
+    for page in pages:
+        asset = pystac.Asset(page.href, page.title, media_type=page.media, roles=list(page.roles))
+        item.add_asset(page.href.rpartition("/")[2], asset)
+        FileExtension.ext(asset, add_if_missing=True).apply(
+            size=page.size, checksum=multihash(page.sha256)
+        )
+        if "overview" in page.roles:
+            item.add_link(_link("alternate", page.href, page.title, page.media))
+    return _json(item.to_dict(include_self_link=False, transform_hrefs=False))
+
+
+def _polygons(outline: Mapping[str, Any]) -> list[Any]:
+    """Coordinates of the polygons of a polygon or of several."""
+    found: list[Any] = outline["coordinates"]
+    return [found] if outline["type"] == "Polygon" else found
 
 
 def _array(name: str, key: str, shape: Sequence[int]) -> dict[str, Any]:

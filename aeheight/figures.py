@@ -14,29 +14,37 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap, LogNorm, Normalize
+from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator, MultipleLocator
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
+from aeheight.charts import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    STYLE,
+    Histogram,
+    calibration_curve,
+    error_histogram,
+    learning_curves,
+    scatter_plot,
+    seam_curves,
+    variogram_plot,
+)
 from aeheight.seams import Seams
 
-# Okabe & Ito's colours: told apart with any kind of colour vision.
-BLUE, ORANGE, GREEN, GREY = "#0072b2", "#e69f00", "#009e73", "#d9dcdf"
-STYLE: Final[dict[Any, Any]] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#5b6670",
-    "axes.labelcolor": "#26323c",
-    "xtick.color": "#5b6670",
-    "ytick.color": "#5b6670",
-    "svg.hashsalt": "aeheight",
+COLOURS: Final = {
+    "heights": "viridis",
+    "difference": "RdBu_r",
+    "novelty": "YlOrBr",
+    "spread": "magma_r",
 }
-
-Histogram = tuple[NDArray[np.float64], NDArray[np.int64]]
+"""Colour maps that are told apart with any kind of colour vision: lightness alone orders them."""
+USES: Final = (GREY, BLUE, ORANGE, GREEN)
+"""Colours of unused, training, validation and test ground."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,24 +76,10 @@ class Maps:
     """(h, w) 0 unused, 1 train, 2 validation, 3 test."""
 
     novelty: NDArray[np.float32] | None = None
-    """(h, w) distance from the training ground; above 1: farther than 99 % of the validation's."""
+    """(h, w) how unlike the training ground; above 1: more than 99 % of the validation's."""
+
     spread: NDArray[np.float32] | None = None
-    """(rows, columns) metres; half the width of the 90 % interval."""
-
-
-def format_metric(value: float | None, name: str) -> str:
-    """A metric as a person reads it; a dash where it is undefined."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    if name == "n":
-        return f"{value:,.0f}".replace(",", "\u202f")
-    if name == "coverage":
-        # Never rounded up to a full 100 %, which would hide the gaps.
-        return f"{math.floor(value * 1000) / 10:.1f} %"
-    if name in ("r2", "pearson"):
-        return f"{round(value, 3) + 0.0:.3f}".replace("-", "−")
-    sign = "+" if name in ("mean", "median", "p5", "p95", "min", "max") else ""
-    return f"{round(value, 2) + 0.0:{sign}.2f}".replace("-", "−")
+    """(h, w) metres; half the width of the 90 % interval."""
 
 
 def draw(
@@ -94,6 +88,8 @@ def draw(
     scatter: Histogram | None = None,
     errors: Histogram | None = None,
     summary: Mapping[str, Any] | None = None,
+    calibration: Histogram | None = None,
+    correlation: Mapping[str, Any] | None = None,
     history: Sequence[Mapping[str, float | None]] = (),
     seams: Seams | None = None,
     halo: int = 0,
@@ -106,6 +102,9 @@ def draw(
         scatter: edges (k + 1,) in metres, counts (k, k) [reference, predicted].
         errors: edges (k + 1,) in metres, counts (k,) of predicted - reference.
         summary: of the same errors: median and NMAD are marked.
+        calibration: edges (k + 1,) of |predicted - reference| / spread, counts (k,); the last of
+            them holds all that is beyond.
+        correlation: as metrics.json has it: lags_px, semivariance_m2, sill_m2, length_px.
         history: one row an epoch.
         seams: of the checkpoint.
         halo: the chosen one, in pixels.
@@ -114,59 +113,72 @@ def draw(
     with matplotlib.rc_context(STYLE):
         figures: dict[str, Any] = {"maps": _map_rows(maps)}
         if scatter is not None and scatter[1].any():
-            figures["scatter"] = _svg(_draw_scatter(*scatter))
+            figures["scatter"] = _svg(scatter_plot(*scatter))
         if errors is not None and errors[1].any():
-            figures["errors"] = _svg(_draw_errors(*errors, summary or {}))
+            figures["errors"] = _svg(error_histogram(*errors, summary or {}))
+        if calibration is not None and calibration[1].any():
+            figures["calibration"] = _svg(calibration_curve(*calibration))
+        if correlation and (plot := variogram_plot(correlation)):
+            figures["variogram"] = _svg(plot)
         if curves := learning_curves(history):
             figures["history"] = _svg(curves)
-        if seams is not None and seams.halos:
-            figures["seams"] = _svg(_draw_seams(seams, halo, limit))
+        if seams is not None and (plot := seam_curves(seams, halo, limit)):
+            figures["seams"] = _svg(plot)
     return figures
 
 
 def _map_rows(maps: Sequence[Maps]) -> list[dict[str, str]]:
     """Panels of each group; all share their limits, so that zones compare."""
-    limits = _height_limits(maps)
     most = _robust(np.abs(panel.difference) for panel in maps)
-    heights, errors = Normalize(*limits), Normalize(-most, most)
-    doubts = Normalize(0, max(1e-3, _robust(p.spread for p in maps if p.spread is not None)))
-    strange = Normalize(0, max(2.0, _robust(p.novelty for p in maps if p.novelty is not None)))
+    heights = Normalize(*_limits(a for panel in maps for a in (panel.reference, panel.predicted)))
+    scales = {
+        "reference": ("heights", heights, "reference height [m]"),
+        "predicted": ("heights", heights, "predicted height [m]"),
+        "difference": ("difference", Normalize(-most, most), "predicted − reference [m]"),
+        "spread": (
+            "spread",
+            Normalize(*_limits(p.spread for p in maps if p.spread is not None)),
+            "spread [m]",
+        ),
+    }
+    low, high = _limits(p.novelty for p in maps if p.novelty is not None)
+    strange = Normalize(min(low, 0.9), max(high, 1.1))  # 1 is always on the scale
     # Many zones must not swell the page, and their labels must stay legible.
     dpi = max(90.0, 200 * min(1.0, math.sqrt(2 / max(len(maps), 1))))
     rows = []
     for panel in maps:
-        row = {
-            "reference": (panel.reference, "viridis", heights, "reference height [m]"),
-            "predicted": (panel.predicted, "viridis", heights, "predicted height [m]"),
-            "difference": (panel.difference, "RdBu_r", errors, "predicted − reference [m]"),
-        }
-        drawn = {key: _png(_draw_map(panel, *what), dpi) for key, what in row.items()}
+        drawn = {}
+        for key, (kind, limits, label) in scales.items():
+            array = getattr(panel, key)
+            if array is not None:
+                picture = _draw_map(panel, array, COLOURS[kind], limits, label)
+                drawn[key] = _png(picture, dpi, COLOURS[kind])
         if panel.split is not None:
-            drawn["split"] = _png(_draw_split(panel, panel.split), dpi)
+            drawn["split"] = _png(_draw_split(panel, panel.split), dpi, None)
         if panel.novelty is not None:
-            drawn["novelty"] = _png(_draw_novelty(panel, panel.novelty, strange), dpi)
-        if panel.spread is not None:
-            what = panel.spread, "magma_r", doubts, "spread [m]"
-            drawn["spread"] = _png(_draw_map(panel, *what), dpi)
+            picture = _draw_novelty(panel, panel.novelty, strange)
+            drawn["novelty"] = _png(picture, dpi, COLOURS["novelty"])
         rows.append(drawn)
     return rows
 
 
-def _height_limits(maps: Sequence[Maps]) -> tuple[float, float]:
-    """The 1 % and 99 % quantiles of all heights shown."""
-    arrays = [array.ravel() for panel in maps for array in (panel.reference, panel.predicted)]
-    known = np.concatenate(
-        [array[np.isfinite(array)] for array in arrays] or [np.empty(0, np.float32)]
-    )
+def _limits(arrays: Iterable[NDArray[np.float32]]) -> tuple[float, float]:
+    """The 1 % and 99 % quantiles of all values shown."""
+    known = _known(arrays)
     if known.size == 0:
         return 0.0, 1.0
     low, high = np.quantile(known, [0.01, 0.99])
     return float(low), max(float(high), float(low) + 1e-3)
 
 
+def _known(arrays: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """(n,) the finite values."""
+    return np.concatenate([a[np.isfinite(a)] for a in arrays] or [np.empty(0, np.float32)])
+
+
 def _robust(sizes: Iterable[NDArray[np.float32]]) -> float:
     """The 98 % quantile, rounded up to two digits."""
-    known = np.concatenate([a[np.isfinite(a)] for a in sizes] or [np.empty(0, np.float32)])
+    known = _known(sizes)
     most = float(np.quantile(known, 0.98)) if known.size else 0.0
     if most <= 0:
         return 1.0
@@ -216,16 +228,17 @@ def _beyond(array: NDArray[np.float32], limits: Normalize) -> str:
 
 def _draw_novelty(panel: Maps, novelty: NDArray[np.float32], limits: Normalize) -> Figure:
     figure, axes, extent = _map_axes(panel)
-    image = axes.imshow(novelty, cmap="YlOrBr", norm=limits, extent=extent)
-    most = float(limits.vmax or 2)
-    ticks = [tick for tick in MaxNLocator(4).tick_values(0, most) if 0 <= tick <= most and tick]
+    image = axes.imshow(novelty, cmap=COLOURS["novelty"], norm=limits, extent=extent)
+    low, high = float(limits.vmin or 0), float(limits.vmax or 2)
+    apart = 0.12 * (high - low)
+    ticks = [t for t in MaxNLocator(4).tick_values(low, high) if low <= t <= high]
     bar = _colourbar(
         figure,
         axes,
         image,
         "novelty",
         extend=_beyond(novelty, limits),
-        ticks=sorted({0.0, 1.0, *(tick for tick in ticks if abs(tick - 1) > 0.1 * most)}),
+        ticks=sorted({1.0, *(tick for tick in ticks if abs(tick - 1) > apart)}),
     )
     bar.axvline(1, color="black", lw=2)
     return figure
@@ -233,7 +246,7 @@ def _draw_novelty(panel: Maps, novelty: NDArray[np.float32], limits: Normalize) 
 
 def _draw_split(panel: Maps, split: NDArray[np.uint8]) -> Figure:
     figure, axes, extent = _map_axes(panel)
-    colours: Colormap = ListedColormap([GREY, BLUE, ORANGE, GREEN])
+    colours: Colormap = ListedColormap(list(USES))
     limits = BoundaryNorm([-0.5, 0.5, 1.5, 2.5, 3.5], 4)
     image = axes.imshow(split, cmap=colours, norm=limits, extent=extent, interpolation="nearest")
     bar = _colourbar(figure, axes, image, "use of the ground", ticks=[0, 1, 2, 3])
@@ -252,155 +265,31 @@ def _colourbar(
     return bar.ax
 
 
-def _draw_scatter(edges: NDArray[np.float64], counts: NDArray[np.int64]) -> Figure:
-    figure = Figure(figsize=(4.4, 4.0), layout="constrained")
-    axes = figure.add_subplot(aspect="equal")
-    table = np.ma.masked_equal(counts.T, 0)
-    limits = LogNorm(1, max(int(counts.max()), 2))
-    mesh = axes.pcolormesh(edges, edges, table, cmap="viridis", norm=limits, rasterized=True)
-    ends = [edges[0], edges[-1]]
-    axes.plot(ends, ends, color="black", lw=1, ls=(0, (5, 3)), label="1 : 1")
-    axes.set(xlim=ends, ylim=ends, xlabel="reference [m]", ylabel="predicted [m]")
-    axes.legend(frameon=False, loc="upper left")
-    width = float(edges[1] - edges[0])
-    bar = figure.colorbar(mesh, ax=axes, shrink=0.85)
-    bar.set_label(f"pixels in a cell of {width:g} × {width:g} m")
-    bar.ax.yaxis.set_major_formatter("{x:,.0f}")
-    bar.outline.set_visible(False)
-    return figure
-
-
-def _draw_errors(
-    edges: NDArray[np.float64], counts: NDArray[np.int64], summary: Mapping[str, Any]
-) -> Figure:
-    figure = Figure(figsize=(4.4, 4.0), layout="constrained")
-    axes = figure.add_subplot()
-    share = 100 * counts / (summary.get("n") or counts.sum())
-    axes.stairs(share, edges, fill=True, color=BLUE)
-    axes.axvline(0, color="black", lw=1, label="no error")
-    median, nmad = summary.get("median"), summary.get("nmad")
-    if median is not None:
-        label = f"median {format_metric(median, 'median')} m"
-        axes.axvline(median, color=ORANGE, lw=1.8, ls=(0, (5, 2)), label=label)
-    if median is not None and nmad is not None:
-        label = f"median ± NMAD ({format_metric(nmad, 'nmad')} m)"
-        axes.axvspan(median - nmad, median + nmad, color="#fbe9c6", lw=0, zorder=0, label=label)
-    width = float(edges[1] - edges[0])
-    axes.set(xlabel="predicted − reference [m]", ylabel=f"share of pixels [% per {width:.3g} m]")
-    axes.set(xlim=(edges[0], edges[-1]), ylim=(0, 1.06 * float(share.max())))
-    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8, handlelength=1.4)
-    return figure
-
-
-_WIDE: Final = 4.0
-"""Curves whose largest value is more than this times the smallest are drawn over logarithms."""
-_NARROW: Final = 0.02
-"""The least range of R² that is drawn."""
-
-
-def learning_curves(history: Sequence[Mapping[str, float | None]]) -> Figure | None:
-    """RMSE of each epoch on training and validation ground, and R² on the latter; the best marked.
-
-    Args:
-        history: one row an epoch: epoch, train_rmse, validation_rmse (metres), validation_r2, and
-            diverged where the epoch's numbers were not finite. Epoch 0 is what training starts
-            from.
-
-    Returns:
-        None where no curve has two points.
-    """
-    train, validation, r2 = (
-        _points(history, name) for name in ("train_rmse", "validation_rmse", "validation_r2")
-    )
-    if max(len(train), len(validation)) < 2:
-        return None
-    figure = Figure(figsize=(7.0 if len(r2) > 1 else 4.6, 2.9), layout="constrained")
-    panels = figure.subplots(1, 2 if len(r2) > 1 else 1, squeeze=False)[0]
-    _draw_rmse(panels[0], train, validation)
-    if len(r2) > 1:
-        _draw_r2(panels[1], r2)
-    for axes in panels:
-        axes.set(xlabel="epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        for row in history:
-            if row.get("diverged"):
-                axes.axvline(float(row["epoch"] or 0), color="#b3261e", lw=1.2, label="diverged")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4,
-                  frameon=False, fontsize=8, handlelength=1.6)  # fmt: skip
-    return figure
-
-
-def _points(history: Sequence[Mapping[str, float | None]], name: str) -> list[tuple[float, float]]:
-    """Epoch and value, where both are known."""
-    pairs = [(row.get("epoch"), row.get(name)) for row in history]
-    return [
-        (float(epoch), float(value))
-        for epoch, value in pairs
-        if epoch is not None and value is not None and math.isfinite(value)
-    ]
-
-
-def _draw_rmse(
-    axes: Axes, train: list[tuple[float, float]], validation: list[tuple[float, float]]
-) -> None:
-    values = [value for _, value in train + validation]
-    if max(values) > _WIDE * min(values) > 0:
-        axes.set(yscale="log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
-    axes.set(ylabel="RMSE [m]")
-    if train:
-        axes.plot(*zip(*train, strict=True), ".-", color=BLUE, label="training ground")
-    if validation:
-        axes.plot(*zip(*validation, strict=True), ".-", color=ORANGE, label="validation ground")
-        epoch, value = min(validation, key=lambda point: point[1])
-        label = f"best: {value:.2f} m, epoch {epoch:g}"
-        axes.plot(epoch, value, "o", ms=8, mfc="none", mec="black", label=label)
-    if validation and validation[0][0] == 0:
-        start = validation[0][1]
-        axes.axhline(start, color=GREEN, lw=1.2, ls=(0, (5, 2)), label=f"start: {start:.2f} m")
-
-
-def _draw_r2(axes: Axes, r2: list[tuple[float, float]]) -> None:
-    axes.plot(*zip(*r2, strict=True), ".-", color=ORANGE)
-    axes.plot(*max(r2, key=lambda point: point[1]), "o", ms=8, mfc="none", mec="black")
-    axes.set(ylabel="R² on validation ground")
-    low, high = axes.get_ylim()
-    if high - low < _NARROW:  # what is noise must not look like a gain
-        axes.set(ylim=((low + high - _NARROW) / 2, (low + high + _NARROW) / 2))
-
-
-_NOTHING: Final = 1e-5
-"""Metres: seams below this are float rounding, and drawn here."""
-
-
-def _draw_seams(seams: Seams, halo: int, limit: float | None) -> Figure:
-    """Error beside the cut and step at seams, over the halo; logarithmic metres."""
-    figure = Figure(figsize=(4.9, 2.9), layout="constrained")
-    axes = figure.subplots()
-    for values, colour, label in (
-        (seams.rms, BLUE, "RMS error beside the cut"),
-        (seams.step, ORANGE, "RMS step at seams"),
-    ):
-        axes.plot(seams.halos, np.maximum(values, _NOTHING), ".-", color=colour, label=label)
-    axes.axvline(halo, color="black", lw=1, label=f"chosen: {halo} px")
-    if limit:
-        label = f"1 % of the RMSE: {limit:.2g} m"
-        axes.axhline(limit, color=GREEN, lw=1.2, ls=(0, (5, 2)), label=label)
-    axes.set(yscale="log", xlabel="halo [px]", ylabel="difference [m]")
-    axes.xaxis.set_major_locator(MultipleLocator(32 if seams.halos[-1] <= 256 else 64))
-    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
-    return figure
-
-
-def _png(figure: Figure, dpi: float) -> str:
+def _png(figure: Figure, dpi: float, colours: str | None) -> str:
     """PNG with a palette of 256 colours: a third of the bytes, the same to the eye."""
     drawn, data = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi, pil_kwargs={"compress_level": 1})
     picture = Image.open(drawn).convert("RGB")
-    # One round of k-means keeps the few pixels of the text in their own colours.
-    picture.quantize(256, kmeans=1, dither=Image.Dither.NONE).save(data, "PNG", optimize=True)
+    if colours is None:
+        # One round of k-means keeps the few pixels of the text in their own colours.
+        small = picture.quantize(256, kmeans=1, dither=Image.Dither.NONE)
+    else:
+        small = picture.quantize(palette=_palette(colours), dither=Image.Dither.NONE)
+    small.save(data, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+def _palette(colours: str) -> Image.Image:
+    """230 colours of a map, which keep its colour bar smooth; greys for the text and no data.
+
+    Pillow takes colours less than 8 levels apart for one: more greys would tint the white.
+    """
+    main = matplotlib.colormaps[colours](np.linspace(0, 1, 230))[:, :3]
+    greys = np.linspace(0, 1, 25)[:, None].repeat(3, axis=1)
+    table = np.concatenate([main, greys, [to_rgb(GREY)]])
+    palette = Image.new("P", (1, 1))
+    palette.putpalette((255 * table).round().astype(np.uint8).tobytes())
+    return palette
 
 
 def _svg(figure: Figure) -> str:

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from aeheight import __version__
 from aeheight.cube import Tree, checksum
 from aeheight.errors import InputError
+from aeheight.memory import peak_bytes
 from aeheight.settings import differences, fingerprint
 from aeheight.store import Store
 from aeheight.template import Shard
@@ -79,6 +80,8 @@ class Receipt:
     """What a user should know of how it was made."""
     device: str = ""
     """What computed it, such as `cpu, float32`; empty: nothing that depends on it."""
+    peak: int = 0
+    """Bytes, the most that the worker had held by then; 0: not known."""
     versions: Mapping[str, str] = field(default_factory=versions)
     format: int = FORMAT
 
@@ -117,6 +120,7 @@ def receipt_for(
         settings,
         round(time.monotonic() - started, 3),
         shard.inputs,
+        peak=peak_bytes(),
     )
 
 

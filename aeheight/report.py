@@ -5,18 +5,19 @@ be mailed, archived beside the heights it judges, and printed. The same inputs g
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import jinja2
 
-from aeheight.figures import Histogram, Maps, draw, format_metric
-from aeheight.metrics import GLOSSARY, Summary
+from aeheight import rows
+from aeheight.charts import Histogram
+from aeheight.figures import COLOURS, Maps, draw
+from aeheight.metrics import GLOSSARY
 from aeheight.seams import Seams
-from aeheight.terms import TERMS
+from aeheight.terms import TERMS, format_metric
 
-SPLITS: Final = ("test", "validation", "train", "all")
 ATTRIBUTION: Final = (
     "The AlphaEarth Foundations Satellite Embedding dataset is produced by "
     "Google and Google DeepMind."
@@ -31,23 +32,6 @@ CAUTIONS: Final = (
     "Test ground lies apart from training ground, but in the same region. "
     "Farther away, on other landscapes, expect larger errors.",
 )
-NAMES: Final = {
-    "kernel": "kernel regression",
-    "ridge": "ridge regression",
-    "prior": "the prior DEM",
-    "mean": "the mean height",
-}
-_BLOCK: Final = 4
-"""Edge of a block in buffers: of smaller ones the buffer leaves less than half to training."""
-CLASSES: Final = {
-    "slope": ("Slope of the reference", "°"),
-    "height": ("Reference height", "m"),
-    "predicted": ("Predicted height", "m"),
-    "aspect": ("Aspect of the reference (downhill; flat is under 2°)", ""),
-    "roughness": ("Roughness of the reference (highest less lowest of 3 × 3 pixels)", "m"),
-    "distance": ("Distance to training ground", "px"),
-    "novelty": ("Novelty (distance from the training ground)", ""),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +79,14 @@ class Report:
     errors: Histogram | None = None
     """Edges (k + 1,) in metres, counts (k,) of predicted - reference on test ground."""
 
+    calibration: Histogram | None = None
+    """Edges (k + 1,) of |predicted - reference| / spread on test ground, counts (k,)."""
+
+    files: Mapping[str, str] = field(default_factory=dict)
+    """What lies beside the page: name, and what it holds."""
+
     history: Sequence[Mapping[str, float | None]] = ()
-    """One row an epoch, as `figures.learning_curves` takes it; further patches_per_second, and
+    """One row an epoch, as `charts.learning_curves` takes it; further patches_per_second, and
     seconds since the start."""
 
     prediction: Prediction | None = None
@@ -121,49 +111,63 @@ def render(report: Report) -> str:
     environment.filters |= {
         "metric": format_metric,
         "quantity": _quantity,
-        "words": _words,
+        "words": rows.words,
         "fine": _fine,
         "share": _share,
+        "held": _held,
     }
-    split = judged_split(report.metrics["model"])
-    headline = report.metrics["model"].get(split) or dict.fromkeys(GLOSSARY)
+    metrics = report.metrics
+    split = rows.judged_split(metrics["model"])
+    headline = metrics["model"].get(split) or dict.fromkeys(GLOSSARY)
     return environment.get_template("report.html.j2").render(
         report=report,
+        about=_about(metrics.get("provenance", {})),
         split=split,
         ground="the ground" if split == "all" else f"{split} ground",
         headline=headline,
-        bars=_bars(report, split),
-        table=list(_comparison(report)),
-        classes=list(_classes(report.metrics.get("by", {}), split)),
+        bars=rows.bars(metrics, report.model, split),
+        table=list(rows.comparison(metrics, report.model)),
+        classes=list(rows.classes(metrics, split)),
+        few=rows.FEW,
         glossary=GLOSSARY,
-        terms=[(term, text) for term, (key, text) in TERMS.items() if report.metrics.get(key)],
-        confidence=report.metrics.get("confidence"),
-        skill=_skill(report.metrics.get("skill", {})),
-        lines=report.metrics.get("regression"),
-        shifted=report.metrics.get("coregistration"),
-        still=_still(report.metrics.get("coregistration", {})),
-        seams=report.metrics.get("seams"),
-        splits=[name for name in SPLITS if name in report.metrics["model"]],
+        terms=[(term, text) for term, (key, text) in TERMS.items() if metrics.get(key)],
+        confidence=metrics.get("confidence"),
+        skill=rows.skill(metrics.get("skill", {})),
+        lines=metrics.get("regression"),
+        shifted=metrics.get("coregistration"),
+        still=rows.still(metrics.get("coregistration", {})),
+        seams=metrics.get("seams"),
+        splits=[name for name in rows.SPLITS if name in metrics["model"]],
         figures=_figures(report, headline),
-        novel=_novel_share(report.metrics.get("by", {}).get("novelty", ()), split),
-        hardness=_hardness(report.metrics.get("shift", {})),
-        buffer=_buffer(report.metrics.get("correlation", {})),
-        contiguous=not isinstance(_split(report.metrics).get("test", 0.0), int | float),
-        intervals=list(_intervals(report.metrics, split)),
-        interval=report.metrics.get("intervals", {}).get("model", {}).get(split),
-        zones=list(_zones(report.metrics.get("zones", ()), headline.get("rmse"))),
+        colours=COLOURS,
+        novel=rows.novel_share(metrics.get("by", {}).get("novelty", ()), split),
+        hardness=rows.hardness(metrics.get("shift", {})),
+        buffer=rows.buffer(metrics.get("correlation", {})),
+        contiguous=not isinstance(rows.split(metrics).get("test", 0.0), int | float),
+        intervals=rows.intervals(metrics),
+        interval=metrics.get("intervals", {}).get("model", {}).get(split) or {},
+        zones=list(rows.zones(metrics.get("zones", ()), headline.get("rmse"))),
         seam=_chosen_seam(report.prediction),
         learning=_learning(report),
-        trust=report.metrics.get("provenance", {}).get("model", {}).get("trust"),
-        provenance=list(_flat(report.metrics.get("provenance", {}))),
+        trust=metrics.get("provenance", {}).get("model", {}).get("trust"),
+        base=rows.base_name(metrics),
+        provenance=rows.provenance(metrics),
         cautions=[*report.notes, *CAUTIONS],
         attribution=ATTRIBUTION,
     )
 
 
-def judged_split(model: Mapping[str, Summary]) -> str:
-    """The split whose numbers lead the page: test, or the next best that has pixels."""
-    return next((name for name in SPLITS if model.get(name, {}).get("n")), "all")
+def _about(provenance: Mapping[str, Any]) -> list[str]:
+    """What was mapped and what it is judged by, in a few words each."""
+    reference = provenance.get("reference") or {}
+    kinds = {"dsm": "surface heights (DSM)", "dtm": "terrain heights (DTM)"}
+    told = [
+        kinds.get(reference.get("surface", "")),
+        reference.get("vertical_datum") and f"vertical datum {reference['vertical_datum']}",
+        provenance.get("year") and f"embeddings of {provenance['year']}",
+        reference and f"reference: epoch {reference.get('epoch', 'unknown')}",
+    ]
+    return [words for words in told if words]
 
 
 def _quantity(value: object, name: str) -> str:
@@ -172,6 +176,8 @@ def _quantity(value: object, name: str) -> str:
         return "–"
     if not isinstance(value, int | float):
         return str(value)
+    if name.endswith("bytes"):
+        return f"{value / 1e9:.2f} GB" if value else "–"
     if name == "seconds" and value >= 60:
         minutes, seconds = divmod(round(value), 60)
         hours, minutes = divmod(minutes, 60)
@@ -196,165 +202,9 @@ def _share(part: float | None) -> str:
     return f"{percent:.0f} %" if percent >= 10 else f"{percent:.2g} %"
 
 
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _predictors(report: Report) -> dict[str, Mapping[str, Summary]]:
-    """The model first, then its baselines from the strongest kind to the weakest."""
-    baselines = report.metrics.get("baselines", {})
-    order = sorted(baselines, key=lambda name: [*NAMES, name].index(name))
-    predictors = {report.model: report.metrics["model"]}
-    for name in order:
-        label = NAMES.get(name, name)
-        # A model may be a ridge itself, and must not vanish behind its baseline.
-        predictors[f"{label} (baseline)" if label in predictors else label] = baselines[name]
-    return predictors
-
-
-def _bars(report: Report, split: str) -> list[dict[str, Any]]:
-    """RMSE of each predictor, with its width in percent and the model's gain on it."""
-    found = {
-        name: rmse
-        for name, by_split in _predictors(report).items()
-        if (rmse := (by_split.get(split) or {}).get("rmse")) is not None
-    }
-    longest = max(found.values(), default=0) or 1
-    own = found.get(report.model)
-    return [
-        {
-            "name": name,
-            "rmse": rmse,
-            "width": f"{100 * rmse / longest:.1f}",
-            "gain": round(100 * (1 - own / rmse)) if own is not None and rmse > 0 else None,
-            "stronger": own is not None and rmse < own,
-        }
-        for name, rmse in found.items()
-    ]
-
-
-def _comparison(report: Report) -> Iterator[tuple[str, list[tuple[str, Summary, set[str]]]]]:
-    """For each split: (predictor, its metrics, the metrics in which it is the best)."""
-    for split in SPLITS:
-        rows = [
-            (name, by_split[split])
-            for name, by_split in _predictors(report).items()
-            if by_split.get(split)
-        ]
-        best = {metric: _best(metric, rows) for metric in GLOSSARY}
-        if rows:
-            yield split, [(name, row, {m for m in best if best[m] == name}) for name, row in rows]
-
-
-def _best(metric: str, rows: list[tuple[str, Summary]]) -> str | None:
-    values = {name: value for name, row in rows if (value := row.get(metric)) is not None}
-    if len(values) < 2 or metric not in ("mean", "median", "nmad", "rmse", "mae", "le90", "r2"):
-        return None
-    if metric == "r2":
-        return max(values, key=lambda name: values[name])
-    return min(values, key=lambda name: abs(values[name]))
-
-
-def _classes(
-    by: Mapping[str, Sequence[Mapping[str, Any]]], split: str
-) -> Iterator[tuple[str, list[tuple[str, Mapping[str, Any]]]]]:
-    """For each criterion: its title and (class, metrics) on the split."""
-    for name, rows in by.items():
-        title, unit = CLASSES.get(name, (_words(name).capitalize(), ""))
-        chosen = [(_interval(row, unit), row) for row in rows if row.get("split") == split]
-        if chosen and (name != "zone" or len(chosen) > 1):
-            yield title, chosen
-
-
-def _intervals(
-    metrics: Mapping[str, Any], split: str
-) -> Iterator[tuple[str, list[tuple[str, Mapping[str, Any]]]]]:
-    """Rows of what spreads hold, where there are any: of all splits, then by class on the split."""
-    held = metrics.get("intervals", {})
-    tables = [("Ground", list(held.get("model", {}).items()))]
-    for title, table in [*tables, *_classes(held.get("by", {}), split)]:
-        rows = [(name, row) for name, row in table if row["coverage"] is not None]
-        if rows:
-            yield title, rows
-
-
-def _interval(row: Mapping[str, Any], unit: str) -> str:
-    low, high = (
-        None if end is None or not math.isfinite(end) else f"{end:g}".replace("-", "−")
-        for end in (row.get("lo"), row.get("hi"))
-    )
-    gap = " " if unit not in ("°", "") else ""
-    if "class" in row:
-        return str(row["class"])
-    if low is None:
-        return f"below {high}{gap}{unit}" if high else "all"
-    return f"{low} to {high}{gap}{unit}" if high else f"{low}{gap}{unit} and more"
-
-
-def _novel_share(rows: Sequence[Mapping[str, Any]], split: str) -> float | None:
-    """Share of the judged pixels that are farther from the training ground than 1."""
-    judged = [(row["lo"], row["n"]) for row in rows if row.get("split") == split]
-    count = sum(n for _, n in judged)
-    return sum(n for low, n in judged if low >= 1) / count if count else None
-
-
-def _hardness(shift: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """How unlike test ground is to training ground in its heights; None where nothing is known."""
-    rows = [(name, shift[name]) for name in SPLITS if shift.get(name, {}).get("n")]
-    if not rows:
-        return None
-    test, train = shift.get("test", {}), shift.get("train", {})
-    moved, spread = test.get("wasserstein_m"), train.get("std")
-    return {
-        "rows": rows,
-        "test": test if moved is not None else None,
-        "relative": moved / spread if moved is not None and spread else None,
-    }
-
-
-def _split(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The region's `split`; empty where the metrics do not tell."""
-    settings = metrics.get("provenance", {}).get("settings", {})
-    found: Mapping[str, Any] = settings.get("split", {})
-    return found
-
-
-def _buffer(correlation: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How far errors go together, and what buffer and block that asks for, in pixels."""
-    if correlation.get("farthest_px") is None:
-        return None
-    length = correlation["length_px"]
-    least = math.ceil(correlation["farthest_px"] if length is None else length)
-    return {**correlation, "least": least, "block": _BLOCK * least}
-
-
-def _still(shift: Mapping[str, Any]) -> bool:
-    """Whether every part of a shift lies within its 95 % limits of none."""
-    parts = [(shift.get(f"{name}_m"), shift.get(f"{name}_se_m")) for name in ("dx", "dy", "dz")]
-    return all(
-        size is not None and error is not None and abs(size) < 1.96 * error for size, error in parts
-    )
-
-
-def _skill(
-    skill: Mapping[str, Mapping[str, float | None]],
-) -> list[tuple[str, dict[str, float | None]]]:
-    """For each baseline, the strongest kind first: its name, and the skill on each split."""
-    names = [name for name in NAMES if any(name in row for row in skill.values())]
-    return [
-        (NAMES[name], {split: row.get(name) for split, row in skill.items()})
-        for name in sorted(names, key=["prior", "kernel", "ridge", "mean"].index)
-    ]
-
-
-def _zones(
-    rows: Sequence[Mapping[str, Any]], rmse: float | None
-) -> Iterator[tuple[str, Mapping[str, Any], float | None]]:
-    """For each pair of zones: its name, metrics, and its RMSE as a share of the map's own."""
-    for row in rows:
-        found = row.get("rmse")
-        share = found / rmse if found is not None and rmse else None
-        yield " and ".join(row["between"]), row, share
+def _held(part: float | None) -> str:
+    """A share beside 90 %, to a tenth of a percent."""
+    return "–" if part is None else f"{100 * part:.1f} %"
 
 
 def _chosen_seam(prediction: Prediction | None) -> dict[str, float] | None:
@@ -392,20 +242,6 @@ def _learning(report: Report) -> dict[str, Any] | None:
     }
 
 
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Rows of a nested value: dotted key and text."""
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _flat(inner, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list | tuple) and any(isinstance(v, Mapping | list) for v in value):
-        for i, inner in enumerate(value):
-            yield from _flat(inner, f"{key}.{i}")
-    elif isinstance(value, list | tuple):
-        yield key, ", ".join(str(item) for item in value) or "–"
-    else:
-        yield key, "–" if value is None else str(value)
-
-
 def _figures(report: Report, summary: Mapping[str, Any]) -> dict[str, Any]:
     """Data URIs of every figure that has data."""
     made = report.prediction
@@ -414,6 +250,8 @@ def _figures(report: Report, summary: Mapping[str, Any]) -> dict[str, Any]:
         scatter=report.scatter,
         errors=report.errors,
         summary=summary,
+        calibration=report.calibration,
+        correlation=report.metrics.get("correlation"),
         history=report.history,
         seams=made.seams if made else None,
         halo=made.halo_px if made else 0,

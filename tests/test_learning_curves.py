@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from aeheight.figures import learning_curves
+from aeheight.charts import learning_curves
 from aeheight.metrics import Stats
 from aeheight.report import Report, render
 from tests.test_report import Page

@@ -99,10 +99,11 @@ def test_pending_leave_receipt_forget_discard(ledger: Ledger) -> None:
 
 
 def receipt_of_again(ledger: Ledger, shard: Shard) -> receipts.Receipt:
-    """The same receipt but for the seconds, which are a clock's."""
+    """The same receipt but for the seconds, which are a clock's, and the memory held so far."""
     found = ledger.receipt(shard.name)
-    fresh = receipt_of(shard)
-    return receipts.Receipt(**{**as_dict(fresh), "seconds": found.seconds, "remarks": ()})
+    fresh = as_dict(receipt_of(shard))
+    measured = {"seconds": found.seconds, "peak": found.peak}
+    return receipts.Receipt(**{**fresh, **measured, "remarks": ()})
 
 
 def as_dict(receipt: receipts.Receipt) -> dict[str, object]:

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aeheight.figures import Maps, format_metric
+from aeheight.figures import Maps
 from aeheight.metrics import GLOSSARY, Scatter, Stats
-from aeheight.report import ATTRIBUTION, Prediction, Report, judged_split, render
+from aeheight.report import ATTRIBUTION, Prediction, Report, render
+from aeheight.rows import judged_split
 from aeheight.seams import Seams
+from aeheight.terms import format_metric
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 EVIL = '<script>alert("x")</script>'
@@ -242,7 +244,8 @@ def test_the_page_asks_the_network_for_nothing(report):
     page = Page(html)
     assert not {"script", "link", "iframe", "object", "embed"} & {tag for tag, _ in page.tags}
     for _, attributes in page.tags:
-        assert not {"href", "srcset", "poster", "background"} & set(attributes)
+        assert not {"srcset", "poster", "background"} & set(attributes)
+        assert re.fullmatch(r"#\w+|[\w.]+", attributes.get("href", "#here"))
         assert attributes.get("src", "data:").startswith("data:")
     style = html.partition("<style>")[2].partition("</style>")[0]
     assert "url(" not in style
@@ -371,7 +374,7 @@ def test_without_test_ground_the_page_says_so(report, left):
     without = only(report, left)
     assert judged_split(without.metrics["model"]) == left
     words = Page(render(without)).words
-    assert "There is no test ground with predictions" in words
+    assert "There is no test ground that has both" in words
     assert f"{left} ground" in words
 
 

@@ -136,7 +136,7 @@ def calibrate(run: Run, points: str, say: Say, *, plan: bool) -> int:
 
 def _headline(metrics: Mapping[str, Any]) -> list[str]:
     """The model and the baselines on the split that the page judges by."""
-    split = import_module("aeheight.report").judged_split(metrics["model"])
+    split = import_module("aeheight.rows").judged_split(metrics["model"])
     rows = {"model": metrics["model"], **metrics["baselines"]}
     return [
         f"{split if name == 'model' else '':9} {name:6} RMSE {row['rmse']:8.2f} m   "

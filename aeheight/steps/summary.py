@@ -1,7 +1,6 @@
-"""What the sums of all shards say: metrics.json, metrics.csv and the report's page."""
+"""What the sums of all shards say: metrics.json, its tables as CSV, a STAC item and the page."""
 
-import csv
-import io
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from aeheight import embeddings
 from aeheight.blocks import Gathered
+from aeheight.catalogue import Origin, Page, report_item
 from aeheight.coregistration import Facets
 from aeheight.correlation import Variogram
 from aeheight.criteria import Criterion
@@ -21,8 +21,10 @@ from aeheight.intervals import Intervals
 from aeheight.metrics import Scatter, Stats
 from aeheight.models import Checkpoint
 from aeheight.receipts import Ledger, versions
-from aeheight.report import Prediction, Report, judged_split, render
+from aeheight.report import Prediction, Report, render
+from aeheight.rows import judged_split
 from aeheight.seams import SHARE
+from aeheight.sheets import SHEETS, sheets
 from aeheight.shift import shift
 from aeheight.sources import ClassMaps, Sources
 from aeheight.steps.estimate import sessions
@@ -34,6 +36,7 @@ from aeheight.steps.tables import (
     Sums,
     by_class,
     by_split,
+    calibration,
     chosen_blocks,
     confidence,
     coregistration,
@@ -50,7 +53,10 @@ from aeheight.sums import merge_tables
 from aeheight.template import Shard, Template
 from aeheight.windows import Lattice, Region
 
-REPORT = ("index.html", "metrics.json", "metrics.csv")
+ITEM = "item.json"
+FILES = {"metrics.json": "all figures, and where they come from", **SHEETS}
+"""The figures as files: names, and what they hold."""
+REPORT = ("index.html", ITEM, *FILES)
 """What `summarise` writes under `report`."""
 _ARCHITECTURES = {"ridge": "Ridge", "unet": "U-Net", "unetplusplus": "U-Net++"}
 
@@ -81,11 +87,14 @@ def summarise(
     sums = merge_tables(merged.take(run.ledger("report").current(), cube, shards))
     metrics = _metrics(run, cube, year, sums, merged, checkpoint, criteria)
     metrics["seams"] = seams(merged.crossings, lines)
-    text = json.dumps(metrics, indent=1, allow_nan=False)
-    run.report.write("metrics.json", text.encode())
-    run.report.write("metrics.csv", _csv(metrics))
-    page = render(_report(run, cube, heights, sums, checkpoint, metrics, merged.pictures))
-    run.report.write("index.html", page.encode())
+    files = {"metrics.json": json.dumps(metrics, indent=1, allow_nan=False).encode()}
+    files |= sheets(metrics)
+    files["index.html"] = render(
+        _report(run, cube, heights, sums, checkpoint, metrics, merged)
+    ).encode()
+    files = {ITEM: _item(run, cube, heights, year, metrics, files), **files}
+    for name, content in files.items():  # the page last: where it is, all is
+        run.report.write(name, content)
 
 
 class _Merged:
@@ -197,17 +206,52 @@ def _provenance(run: Run, cube: Template, year: int, checkpoint: Checkpoint) -> 
     }
 
 
-def _csv(metrics: Mapping[str, Any]) -> bytes:
-    text = io.StringIO()
-    rows = [
-        {"predictor": name, "split": split, **row}
-        for name, table in {"model": metrics["model"], **metrics["baselines"]}.items()
-        for split, row in table.items()
+_MEDIA = {
+    "html": ("text/html", ("overview", "metadata")),
+    "json": ("application/json", ("metadata", "statistics")),
+    "csv": ("text/csv", ("metadata", "statistics")),
+}
+"""Media type and roles, by the end of a name."""
+
+
+def _item(
+    run: Run,
+    cube: Template,
+    heights: Template,
+    year: int,
+    metrics: Mapping[str, Any],
+    files: Mapping[str, bytes],
+) -> bytes:
+    """The report's STAC item: the figures of the judged split, and all files."""
+    split, about = judged_split(metrics["model"]), heights.layer("height").attributes
+    figures = {
+        "split": split,
+        **metrics["model"][split],
+        "baselines": {name: table[split] for name, table in metrics["baselines"].items()},
+        "skill": metrics["skill"][split],
+        "confidence": metrics["confidence"],
+        "intervals": metrics["intervals"].get("model", {}).get(split),
+    }
+    pages = [
+        Page(
+            f"./{name}",
+            FILES.get(name, "the report"),
+            *_MEDIA[name.rpartition(".")[2]],
+            len(content),
+            hashlib.sha256(content).hexdigest(),
+        )
+        for name, content in files.items()
     ]
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
+    origin = Origin(
+        run.settings.name,
+        str(about.get("surface", "unknown")),
+        str(about.get("vertical_datum", "unknown")),
+        str(about.get("checkpoint", "unknown")),
+        f"Heights predicted by aeheight from AlphaEarth embeddings, judged against a reference. "
+        f"{embeddings.ATTRIBUTION}",
+        {"aeheight": versions()["aeheight"]},
+    )
+    return report_item(cube.grids, year, figures, pages, origin)
 
 
 def _report(
@@ -217,7 +261,7 @@ def _report(
     sums: Sums,
     checkpoint: Checkpoint,
     metrics: Mapping[str, Any],
-    pictures: Sequence[tuple[Shard, Mapping[str, NDArray[Any]]]],
+    merged: _Merged,
 ) -> Report:
     judged = judged_split(metrics["model"])
     stats, scatter = sums[f"model/{judged}"], sums[f"scatter/{judged}"]
@@ -225,14 +269,16 @@ def _report(
     assert isinstance(scatter, Scatter)
     kind = _ARCHITECTURES[checkpoint.model.architecture]
     network = f" ({checkpoint.model.encoder})" if checkpoint.weights else ""
-    cost, remarks = _told(run)
+    cost, remarks = _told(run, checkpoint)
     return Report(
         name=run.settings.name,
         metrics=metrics,
         model=kind + network,
-        maps=[_maps(cube, grid.name, pictures) for grid in cube.grids],
+        maps=[_maps(cube, grid.name, merged.pictures) for grid in cube.grids],
         scatter=scatter.dense(trim=0.0005) if stats.n else None,
         errors=stats.errors() if stats.n else None,
+        calibration=calibration(merged.intervals, judged),
+        files=FILES | {ITEM: "the same as a STAC item"},
         history=checkpoint.history,
         prediction=_prediction(run, heights, checkpoint),
         cost=cost,
@@ -297,7 +343,7 @@ def _maps(
     )
 
 
-def _told(run: Run) -> tuple[dict[str, dict[str, float | None]], list[str]]:
+def _told(run: Run, checkpoint: Checkpoint) -> tuple[dict[str, dict[str, float | None]], list[str]]:
     """What each step cost, and what its workers remarked, from the receipts.
 
     The seconds are those of tasks; a worker has two at hand, so they are more than its own.
@@ -307,17 +353,21 @@ def _told(run: Run) -> tuple[dict[str, dict[str, float | None]], list[str]]:
     devices: Counter[str] = Counter()
     for step, ledger in (("ingest", "cube"), ("predict", "heights"), ("evaluate", "report")):
         current = run.ledger(ledger).current()
-        shards, pixels, seconds = 0, 0, 0.0
+        shards, pixels, peak, seconds = 0, 0, 0, 0.0
         for receipt in current.receipts(current.done()):
             shards, pixels = shards + 1, pixels + receipt.pixels
             seconds += receipt.seconds
+            peak = max(peak, receipt.peak)
             remarks.update(receipt.remarks)
             devices.update([receipt.device] if receipt.device else [])
         cost[step] = {
             "shards": shards,
             "task_seconds": round(seconds, 1),
             "pixels_per_task_second": round(pixels / seconds) if seconds else None,
+            "worker_bytes": peak or None,
         }
+        if step == "ingest" and (trained := checkpoint.history[-1:]):
+            cost["train"] = {"task_seconds": trained[0].get("seconds")}
     told = [f"{remark} ({count} shards)." for remark, count in sorted(remarks.items())]
     if len(devices) > 1:
         shares = ", ".join(

@@ -7,7 +7,10 @@ from math import ceil
 from operator import add
 from typing import Any
 
+import numpy as np
+
 from aeheight.blocks import Blocks
+from aeheight.charts import Histogram
 from aeheight.confidence import FEW, LEVEL, METRICS, draw, interval, resampled
 from aeheight.coregistration import Facets, coregister
 from aeheight.correlation import Variogram
@@ -68,6 +71,22 @@ def intervals(held: Mapping[str, Intervals], criteria: Mapping[str, Criterion]) 
     if not held:
         return {}
     return {"model": by_split(held, "model"), "by": by_class(held, criteria)}
+
+
+_BEYOND = 8
+"""From here on `Intervals` counts |d| / spread as one."""
+
+
+def calibration(held: Mapping[str, Intervals], split: str) -> Histogram | None:
+    """Edges (k + 1,) of |d| / spread and counts (k,) on a split; the last are all from 8 on.
+
+    None where the map does not tell its spread.
+    """
+    if f"model/{split}" not in held:
+        return None
+    counts = held[f"model/{split}"].sums[4:]
+    edges = np.append(np.linspace(0, _BEYOND, counts.size), np.inf)
+    return edges, counts
 
 
 def zones(cube: Template, sums: Sums) -> Iterator[dict[str, Any]]:

@@ -25,9 +25,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from aeheight.charts import BLUE, GREEN, ORANGE, STYLE
 from aeheight.cube import open_tree
 from aeheight.embeddings import BANDS, NODATA
-from aeheight.figures import BLUE, GREEN, ORANGE, STYLE
 from aeheight.models import Checkpoint
 from aeheight.patches import Patches
 from aeheight.predictor import Predictor, best_device
