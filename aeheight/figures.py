@@ -6,7 +6,7 @@ The same values give the same bytes, so that the same report is the same page.
 import base64
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from matplotlib.ticker import LogFormatter, MaxNLocator, MultipleLocator
 from numpy.typing import NDArray
 from PIL import Image
 
+from aeheight.limits import error_limits, height_limits, novelty_limits, spread_limits
 from aeheight.seams import Seams
 
 # Okabe & Ito's colours: told apart with any kind of colour vision.
@@ -126,11 +127,10 @@ def draw(
 
 def _map_rows(maps: Sequence[Maps]) -> list[dict[str, str]]:
     """Panels of each group; all share their limits, so that zones compare."""
-    limits = _height_limits(maps)
-    most = _robust(np.abs(panel.difference) for panel in maps)
-    heights, errors = Normalize(*limits), Normalize(-most, most)
-    doubts = Normalize(0, max(1e-3, _robust(p.spread for p in maps if p.spread is not None)))
-    strange = Normalize(0, max(2.0, _robust(p.novelty for p in maps if p.novelty is not None)))
+    heights = Normalize(*height_limits(a for p in maps for a in (p.reference, p.predicted)))
+    errors = Normalize(*error_limits(p.difference for p in maps))
+    doubts = Normalize(*spread_limits(p.spread for p in maps if p.spread is not None))
+    strange = Normalize(*novelty_limits(p.novelty for p in maps if p.novelty is not None))
     # Many zones must not swell the page, and their labels must stay legible.
     dpi = max(90.0, 200 * min(1.0, math.sqrt(2 / max(len(maps), 1))))
     rows = []
@@ -150,28 +150,6 @@ def _map_rows(maps: Sequence[Maps]) -> list[dict[str, str]]:
             drawn["spread"] = _png(_draw_map(panel, *what), dpi)
         rows.append(drawn)
     return rows
-
-
-def _height_limits(maps: Sequence[Maps]) -> tuple[float, float]:
-    """The 1 % and 99 % quantiles of all heights shown."""
-    arrays = [array.ravel() for panel in maps for array in (panel.reference, panel.predicted)]
-    known = np.concatenate(
-        [array[np.isfinite(array)] for array in arrays] or [np.empty(0, np.float32)]
-    )
-    if known.size == 0:
-        return 0.0, 1.0
-    low, high = np.quantile(known, [0.01, 0.99])
-    return float(low), max(float(high), float(low) + 1e-3)
-
-
-def _robust(sizes: Iterable[NDArray[np.float32]]) -> float:
-    """The 98 % quantile, rounded up to two digits."""
-    known = np.concatenate([a[np.isfinite(a)] for a in sizes] or [np.empty(0, np.float32)])
-    most = float(np.quantile(known, 0.98)) if known.size else 0.0
-    if most <= 0:
-        return 1.0
-    digit = 10.0 ** (math.floor(math.log10(most)) - 1)
-    return math.ceil(most / digit) * digit
 
 
 def _map_axes(panel: Maps) -> tuple[Figure, Axes, tuple[float, float, float, float]]:

@@ -1,0 +1,162 @@
+"""What an export holds: its layers, years and files, as its STAC collection and items tell.
+
+Any asset of an item with a place is a layer, so that layers of later versions are met too.
+"""
+
+import json
+import posixpath
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aeheight.catalogue import COLLECTION
+from aeheight.errors import InputError, NotYetError
+from aeheight.grid import Bounds
+from aeheight.store import Store
+
+_ORDER = ("reference", "height", "difference", "spread", "novelty")
+"""Of the layers that are known; others follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One COG."""
+
+    path: Path
+    bounds: Bounds
+    """West, south, east, north in degrees; west > east across the 180th meridian."""
+
+    def touches(self, area: Bounds) -> bool:
+        """Whether it may have pixels within an area (degrees, west < east)."""
+        west, south, east, north = self.bounds
+        east += 360 * (east < west)
+        beside = any(west + t <= area[2] and area[0] <= east + t for t in (-360, 0, 360))
+        return beside and south <= area[3] and area[1] <= north
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer of the map, of all zones and years."""
+
+    name: str
+    """Such as `height`."""
+    title: str
+    """What its values are, for people."""
+    unit: str
+    """`m`, or empty."""
+    tiles: Mapping[int, tuple[Tile, ...]]
+    """By year."""
+
+    @property
+    def files(self) -> list[Path]:
+        """All of them."""
+        return [tile.path for tiles in self.tiles.values() for tile in tiles]
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """An export, as far as a map of it needs."""
+
+    name: str
+    """The region's."""
+    description: str
+    attribution: str
+    surface: str
+    """`dsm` or `dtm`."""
+    vertical_datum: str
+    years: tuple[int, ...]
+    bounds: Bounds
+    """Around all tiles, degrees; east is above 180 where it lies across that meridian."""
+    layers: tuple[Layer, ...]
+    """In the order to show them; never empty."""
+
+
+def stamp(place: Store) -> tuple[int, int] | None:
+    """Changes with every export; None while there is none, or one is being made."""
+    try:
+        found = (Path(place.uri) / COLLECTION).stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
+def read_export(place: Store) -> Exported:
+    """Read the catalogue of an export, but for the mosaic, which shows the same ground again.
+
+    Args:
+        place: the export's folder.
+
+    Raises:
+        NotYetError: there is no finished export.
+        InputError: the store is not on this machine, or the catalogue is damaged.
+    """
+    if not place.is_local:
+        raise InputError(
+            f"view reads files of this machine; copy {place.uri} to FOLDER/export here, then "
+            "name that: --set store=FOLDER"
+        )
+    if stamp(place) is None:
+        raise NotYetError(f"there is no finished export at {place.uri}; run aeheight export")
+    try:
+        return _exported(place)
+    except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"the catalogue at {place.uri} is damaged ({error!r}); run aeheight export --overwrite"
+        ) from error
+    except FileNotFoundError as error:
+        raise InputError(f"{error}; run aeheight verify --repair") from error
+
+
+def _exported(place: Store) -> Exported:
+    about = place.read_json(COLLECTION)
+    hrefs = [link["href"].removeprefix("./") for link in about["links"] if link["rel"] == "item"]
+    items = {key: place.read_json(key) for key in hrefs if not key.startswith("mosaic-")}
+    items = {key: item for key, item in items.items() if item.get("bbox")}
+    layers = _layers(Path(place.uri), items)
+    if not layers:
+        raise InputError(f"the export at {place.uri} has no tile: no pixel of the map has a height")
+    said = next(iter(items.values()))["properties"]
+    return Exported(
+        name=about["id"],
+        description=about["description"],
+        attribution=" ".join(each["description"] for each in about["providers"]),
+        surface=said["aeheight:surface"],
+        vertical_datum=said["aeheight:vertical_datum"],
+        years=tuple(sorted({year for layer in layers for year in layer.tiles})),
+        bounds=_around([tile.bounds for tiles in layers[0].tiles.values() for tile in tiles]),
+        layers=layers,
+    )
+
+
+def _layers(folder: Path, items: Mapping[str, Mapping[str, Any]]) -> tuple[Layer, ...]:
+    tiles: dict[str, dict[int, list[Tile]]] = {}
+    assets: dict[str, Mapping[str, Any]] = {}
+    for key, item in sorted(items.items()):
+        year = int(item["properties"]["start_datetime"][:4])
+        west, south, east, north = item["bbox"]
+        for name, asset in item["assets"].items():
+            path = folder / posixpath.normpath(posixpath.join(posixpath.dirname(key), asset["href"]))
+            tile = Tile(path, (west, south, east, north))
+            tiles.setdefault(name, {}).setdefault(year, []).append(tile)
+            assets.setdefault(name, asset)
+    rank = {name: number for number, name in enumerate(_ORDER)}
+    return tuple(
+        Layer(
+            name,
+            assets[name].get("title", name),
+            {"metre": "m"}.get(unit := assets[name]["raster:bands"][0].get("unit", ""), unit),
+            {year: tuple(tiles[name][year]) for year in sorted(tiles[name])},
+        )
+        for name in sorted(tiles, key=lambda name: (rank.get(name, len(rank)), name))
+    )
+
+
+def _around(boxes: list[Bounds]) -> Bounds:
+    """One box around all; those across the 180th meridian are joined there."""
+    crossing = any(west > east for west, _, east, _ in boxes)
+    turn = 360 if crossing else 0
+    wests = [west + turn * (west < 0) for west, _, _, _ in boxes]
+    easts = [east + turn * (east < 0) for _, _, east, _ in boxes]
+    souths, norths = [box[1] for box in boxes], [box[3] for box in boxes]
+    return min(wests), min(souths), max(easts), max(norths)

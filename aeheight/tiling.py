@@ -1,0 +1,125 @@
+"""Web Mercator tiles, values at a point and small pictures of COGs, by rio-tiler."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import rasterio
+from numpy.typing import NDArray
+from rio_tiler.colormap import cmap
+from rio_tiler.constants import WEB_MERCATOR_TMS
+from rio_tiler.errors import EmptyMosaicError, PointOutsideBounds
+from rio_tiler.io import Reader
+from rio_tiler.models import ImageData
+from rio_tiler.mosaic import mosaic_reader
+
+from aeheight.grid import Bounds
+
+FINEST = 22
+"""The last zoom level that has tiles."""
+_SAMPLE = 384
+"""Longest edge of the picture of a file from which colour limits are taken, pixels."""
+_GDAL = {
+    "GDAL_CACHEMAX": 64,  # MB of blocks
+    "GDAL_NUM_THREADS": "1",
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
+}
+
+
+def exists(x: int, y: int, zoom: int) -> bool:
+    """Whether there is a tile of this name."""
+    return 0 <= zoom <= FINEST and 0 <= x < 1 << zoom and 0 <= y < 1 << zoom
+
+
+def tile_bounds(x: int, y: int, zoom: int) -> Bounds:
+    """West, south, east, north in degrees."""
+    west, south, east, north = WEB_MERCATOR_TMS.bounds(x, y, zoom)
+    return west, south, east, north
+
+
+def tile_png(
+    paths: Sequence[Path],
+    x: int,
+    y: int,
+    zoom: int,
+    size: int,
+    colours: str,
+    limits: tuple[float, float],
+) -> bytes:
+    """A tile in colours, as PNG; transparent where no file has a value.
+
+    Args:
+        paths: COGs; where they overlap the first that has a value counts.
+        x: column of the tile.
+        y: row of the tile, from the north.
+        zoom: level of the tile.
+        size: edge in pixels.
+        colours: name of a colour map.
+        limits: values of its first and last colour; what lies beyond has these colours.
+
+    Raises:
+        OSError: a file is missing or damaged.
+    """
+    try:
+        found, _ = mosaic_reader(paths, _read_tile, x, y, zoom, size, threads=0)
+        values = found.array.astype(np.float32).filled(np.nan)
+    except EmptyMosaicError:
+        values = np.full((1, size, size), np.nan, np.float32)
+    return _painted(values, limits).render(img_format="PNG", colormap=cmap.get(colours))
+
+
+def _read_tile(path: Path, x: int, y: int, zoom: int, size: int) -> ImageData:
+    with rasterio.Env(**_GDAL), Reader(str(path)) as source:
+        return source.tile(x, y, zoom, tilesize=size)
+
+
+def _painted(values: NDArray[np.float32], limits: tuple[float, float]) -> ImageData:
+    """Numbers of colours, 0 to 255."""
+    missing = np.isnan(values)
+    low, high = limits
+    scaled = (np.where(missing, low, values) - low) / (high - low) * 256
+    return ImageData(np.ma.MaskedArray(np.clip(scaled, 0, 255).astype(np.uint8), missing))
+
+
+def value_at(paths: Sequence[Path], lon: float, lat: float) -> float | None:
+    """The value of the pixel at a place, of the first file that has one.
+
+    Raises:
+        OSError: a file is missing or damaged.
+    """
+    for path in paths:
+        try:
+            with rasterio.Env(**_GDAL), Reader(str(path)) as source:
+                value = source.point(lon, lat).array
+        except PointOutsideBounds:
+            continue
+        if not np.ma.getmaskarray(value)[0] and np.isfinite(value[0]):
+            return float(value[0])
+    return None
+
+
+def sample(path: Path) -> NDArray[np.float32]:
+    """A small picture of a file, from its overviews; NaN where nothing is known.
+
+    Raises:
+        OSError: the file is missing or damaged.
+    """
+    with rasterio.Env(**_GDAL), Reader(str(path)) as source:
+        found = source.preview(max_size=_SAMPLE).array[0]
+    values: NDArray[np.float32] = found.astype(np.float32).filled(np.nan)
+    return values
+
+
+def native_zoom(path: Path) -> int:
+    """The zoom level whose pixels are as fine as the file's."""
+    with Reader(str(path)) as source:
+        return min(int(source.maxzoom), FINEST)
+
+
+@lru_cache(maxsize=32)
+def ramp(colours: str, steps: int = 32) -> tuple[str, ...]:
+    """Colours of a map from first to last, such as `#440154`."""
+    table = cmap.get(colours)
+    picked = [table[round(255 * step / (steps - 1))] for step in range(steps)]
+    return tuple(f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue, *_ in picked)
