@@ -6,7 +6,7 @@ Everything links by relative paths, so that a folder of exports can be moved or 
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -42,6 +42,8 @@ class File:
     """Hexadecimal."""
     statistics: Mapping[str, float]
     """Of its valid pixels."""
+    rights: Mapping[str, str] = field(default_factory=dict)
+    """`attribution` and `license`, where they are not the map's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,10 @@ def tile_item(
 
 
 def _asset(file: File, item: pystac.Item, resolution: float) -> pystac.Asset:
-    asset = pystac.Asset(file.href, file.title, media_type=pystac.MediaType.COG, roles=["data"])
+    asset = pystac.Asset(
+        file.href, file.title, media_type=pystac.MediaType.COG, roles=["data"],
+        extra_fields=dict(file.rights),
+    )  # fmt: skip
     asset.set_owner(item)
     FileExtension.ext(asset, add_if_missing=True).apply(
         size=file.size, checksum=multihash(file.sha256)

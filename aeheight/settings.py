@@ -203,6 +203,9 @@ class ExportSettings(_Settings):
     """Edge of a COG's internal blocks in pixels."""
     compress: Literal["deflate", "zstd"] = "deflate"
     """Deflate opens everywhere; zstd is quicker, and needs GDAL's of 2018 or later."""
+    reference: bool = True
+    """Also files of the cube's reference, and of the map's difference from it; false where the
+    reference's licence forbids copies."""
     crs: str | None = None
     """Such as `EPSG:3035`: further files, a mosaic of all zones in this CRS, blended where zones
     meet."""

@@ -15,9 +15,10 @@ from aeheight.grid import reproject_bounds
 from aeheight.hillshade import coloured_png, shaded_png
 from aeheight.models import Checkpoint
 from aeheight.receipts import Ledger
-from aeheight.steps.export import FOLDER, Export, key_of, mosaic_name, picture_cut, picture_key
+from aeheight.steps.export import FOLDER
 from aeheight.steps.predict import MODEL as CHECKPOINT
 from aeheight.steps.run import Run
+from aeheight.steps.tiles import Export, key_of, picture_cut, picture_key
 from aeheight.template import Shard
 from aeheight.windows import whole
 
@@ -37,7 +38,7 @@ def publish(run: Run, task: Export, tree: Tree, ledger: Ledger) -> None:
     pictures: dict[str, str] = {}
     known = {grid.name for grid in tree.template.grids}
     if task.mosaic:
-        known.add(mosaic_name(task.mosaic))
+        known.add(task.mosaic.name)
     for group, year in sorted({(s.group, s.year or 0) for s in shards if s.group in known}):
         members = [s for s in shards if (s.group, s.year) == (group, year)]
         for name, title, data in _pictures(task, ledger, members):
