@@ -116,9 +116,7 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
 
 
 def _add_view(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--plan", action="store_true", help="print what would be served, and stop"
-    )
+    command.add_argument("--plan", action="store_true", help="print what would be served, and stop")
     command.add_argument(
         "--host",
         default="127.0.0.1",

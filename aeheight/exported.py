@@ -6,9 +6,13 @@ Any asset of an item with a place is a layer, so that layers of later versions a
 import json
 import posixpath
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pyproj import CRS
+from pyproj.exceptions import CRSError
 
 from aeheight.catalogue import COLLECTION
 from aeheight.errors import InputError, NotYetError
@@ -61,10 +65,12 @@ class Exported:
     name: str
     """The region's."""
     description: str
-    attribution: str
+    attribution: tuple[str, ...]
+    """Of the map, and of what it is compared with."""
     surface: str
     """`dsm` or `dtm`."""
     vertical_datum: str
+    """With its name, such as `EGM96 height (EPSG:5773)`."""
     years: tuple[int, ...]
     bounds: Bounds
     """Around all tiles, degrees; east is above 180 where it lies across that meridian."""
@@ -120,13 +126,30 @@ def _exported(place: Store) -> Exported:
     return Exported(
         name=about["id"],
         description=about["description"],
-        attribution=" ".join(each["description"] for each in about["providers"]),
+        attribution=_attribution(about, items),
         surface=said["aeheight:surface"],
-        vertical_datum=said["aeheight:vertical_datum"],
+        vertical_datum=_named(said["aeheight:vertical_datum"]),
         years=tuple(sorted({year for layer in layers for year in layer.tiles})),
         bounds=_around([tile.bounds for tiles in layers[0].tiles.values() for tile in tiles]),
         layers=layers,
     )
+
+
+def _attribution(
+    about: Mapping[str, Any], items: Mapping[str, Mapping[str, Any]]
+) -> tuple[str, ...]:
+    """Each text once, in order."""
+    assets = [asset for item in items.values() for asset in item["assets"].values()]
+    rights = [" ".join(filter(None, (a.get("attribution"), a.get("license")))) for a in assets]
+    return tuple(
+        dict.fromkeys([*(p["description"] for p in about["providers"]), *filter(None, rights)])
+    )
+
+
+def _named(datum: str) -> str:
+    with suppress(CRSError):
+        return f"{CRS.from_user_input(datum).name} ({datum})"
+    return datum
 
 
 def _layers(folder: Path, items: Mapping[str, Mapping[str, Any]]) -> tuple[Layer, ...]:
@@ -136,8 +159,8 @@ def _layers(folder: Path, items: Mapping[str, Mapping[str, Any]]) -> tuple[Layer
         year = int(item["properties"]["start_datetime"][:4])
         west, south, east, north = item["bbox"]
         for name, asset in item["assets"].items():
-            path = folder / posixpath.normpath(posixpath.join(posixpath.dirname(key), asset["href"]))
-            tile = Tile(path, (west, south, east, north))
+            path = posixpath.normpath(posixpath.join(posixpath.dirname(key), asset["href"]))
+            tile = Tile(folder / path, (west, south, east, north))
             tiles.setdefault(name, {}).setdefault(year, []).append(tile)
             assets.setdefault(name, asset)
     rank = {name: number for number, name in enumerate(_ORDER)}

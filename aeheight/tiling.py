@@ -1,12 +1,16 @@
 """Web Mercator tiles, values at a point and small pictures of COGs, by rio-tiler."""
 
+import io
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import rasterio
+from morecantile import Tile
 from numpy.typing import NDArray
+from PIL import Image
 from rio_tiler.colormap import cmap
 from rio_tiler.constants import WEB_MERCATOR_TMS
 from rio_tiler.errors import EmptyMosaicError, PointOutsideBounds
@@ -34,7 +38,7 @@ def exists(x: int, y: int, zoom: int) -> bool:
 
 def tile_bounds(x: int, y: int, zoom: int) -> Bounds:
     """West, south, east, north in degrees."""
-    west, south, east, north = WEB_MERCATOR_TMS.bounds(x, y, zoom)
+    west, south, east, north = WEB_MERCATOR_TMS.bounds(Tile(x, y, zoom))
     return west, south, east, north
 
 
@@ -63,23 +67,38 @@ def tile_png(
     """
     try:
         found, _ = mosaic_reader(paths, _read_tile, x, y, zoom, size, threads=0)
-        values = found.array.astype(np.float32).filled(np.nan)
+        values = found.array[0].astype(np.float32).filled(np.nan)
     except EmptyMosaicError:
-        values = np.full((1, size, size), np.nan, np.float32)
-    return _painted(values, limits).render(img_format="PNG", colormap=cmap.get(colours))
+        values = np.full((size, size), np.nan, np.float32)
+    return _png(_numbers(values, limits), colours)
 
 
 def _read_tile(path: Path, x: int, y: int, zoom: int, size: int) -> ImageData:
     with rasterio.Env(**_GDAL), Reader(str(path)) as source:
-        return source.tile(x, y, zoom, tilesize=size)
+        found: ImageData = source.tile(x, y, zoom, tilesize=size)
+    return found
 
 
-def _painted(values: NDArray[np.float32], limits: tuple[float, float]) -> ImageData:
-    """Numbers of colours, 0 to 255."""
-    missing = np.isnan(values)
-    low, high = limits
-    scaled = (np.where(missing, low, values) - low) / (high - low) * 256
-    return ImageData(np.ma.MaskedArray(np.clip(scaled, 0, 255).astype(np.uint8), missing))
+def _numbers(values: NDArray[np.float32], limits: tuple[float, float]) -> NDArray[np.uint8]:
+    """Places in the palette: 0 where nothing is known, else 1 to 255."""
+    missing, (low, high) = np.isnan(values), limits
+    scaled = 1 + (np.where(missing, low, values) - low) / (high - low) * 255
+    return np.where(missing, 0, np.clip(scaled, 1, 255)).astype(np.uint8)
+
+
+def _png(numbers: NDArray[np.uint8], colours: str) -> bytes:
+    """With a palette: a third of the bytes and of the time of one in RGBA."""
+    data, picture = io.BytesIO(), Image.fromarray(numbers).convert("P")
+    picture.putpalette(_palette(colours))
+    picture.save(data, "PNG", transparency=0, compress_level=3)
+    return data.getvalue()
+
+
+@lru_cache(maxsize=32)
+def _palette(colours: str) -> bytes:
+    """Red, green, blue of 256 entries; the first is for what is not known."""
+    table: Any = cmap.get(colours)
+    return bytes(3) + bytes(part for number in range(1, 256) for part in table[number][:3])
 
 
 def value_at(paths: Sequence[Path], lon: float, lat: float) -> float | None:
@@ -120,6 +139,6 @@ def native_zoom(path: Path) -> int:
 @lru_cache(maxsize=32)
 def ramp(colours: str, steps: int = 32) -> tuple[str, ...]:
     """Colours of a map from first to last, such as `#440154`."""
-    table = cmap.get(colours)
-    picked = [table[round(255 * step / (steps - 1))] for step in range(steps)]
-    return tuple(f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue, *_ in picked)
+    palette = _palette(colours)
+    picked = [1 + round(254 * step / (steps - 1)) for step in range(steps)]
+    return tuple(f"#{palette[3 * number : 3 * number + 3].hex()}" for number in picked)

@@ -1,7 +1,7 @@
 """A map in the browser: a page, its tiles and values, served to this machine by tornado.
 
-The page is static (`pages/`), Leaflet comes from its own package, and all that the page knows of the
-map is `layers.json`. Nothing is fetched from the network. Files are opened for each tile, and the
+The page is static (`pages/`), Leaflet comes from its own package, and all that the page knows of
+the map is `layers.json`. Nothing is fetched from the network. Files are opened for each tile, and the
 catalogue is read again when the export was made anew, so that nothing old is shown.
 """
 
@@ -229,9 +229,7 @@ class _Tile(_Handler):
         area = tiling.tile_bounds(x, y, zoom)
         paths = [t.path for t in layer.tiles.get(self.known(year), ()) if t.touches(area)]
         colours, limits = style_of(layer).colours, shown.limits[name]
-        png = await self.answer(
-            lambda: tiling.tile_png(paths, x, y, zoom, _TILE, colours, limits)
-        )
+        png = await self.answer(lambda: tiling.tile_png(paths, x, y, zoom, _TILE, colours, limits))
         self.set_header("Content-Type", "image/png")
         self.finish(png)
 
@@ -315,8 +313,10 @@ def _listen(host: str, port: int) -> list[socket.socket]:
     try:
         return bind_sockets(port, host)
     except OSError as error:
-        hint = "take another with --port, or any that is free with --port 0"
-        raise InputError(f"cannot listen at {host}, port {port}: {error.strerror}; {hint}") from error
+        raise InputError(
+            f"cannot listen at {host}, port {port}: {error.strerror}; take another with --port, or "
+            "any that is free with --port 0"
+        ) from error
 
 
 def address(host: str, port: int) -> str:
@@ -325,5 +325,5 @@ def address(host: str, port: int) -> str:
     >>> address("::1", 8000)
     'http://[::1]:8000/'
     """
-    name = socket.gethostname() if host in ("0.0.0.0", "::", "") else host  # noqa: S104
+    name = socket.gethostname() if host in ("0.0.0.0", "::", "") else host
     return f"http://[{name}]:{port}/" if ":" in name else f"http://{name}:{port}/"

@@ -26,9 +26,28 @@ function complain(message) {
   byId("trouble").hidden = false;
 }
 
+/** Text for where HTML is wanted. */
+function escaped(text) {
+  const element = document.createElement("span");
+  element.textContent = text;
+  return element.innerHTML;
+}
+
 /** Digits after the point that tell values of a scale apart. */
 function digitsOf(layer) {
   return layer.limits[1] - layer.limits[0] < 10 ? 2 : 1;
+}
+
+/** What stands under a colour bar; what lies beyond its ends has their colours. */
+function ticks(layer) {
+  const [low, high] = layer.limits;
+  const digits = high - low < 10 ? 1 : 0;
+  const plus = low === -high ? "+" : "";
+  return [
+    `${low === 0 ? "" : "≤ "}${told(low, "", digits)}`,
+    told((low + high) / 2, "", digits),
+    `≥ ${plus}${told(high, layer.unit, digits)}`,
+  ];
 }
 
 /** The card of a side: which layer, and what its colours mean. */
@@ -43,10 +62,7 @@ function legend(side, layers, choose) {
     select.value = layer.name;
     const [low, high] = layer.limits;
     card.querySelector(".bar").style.background = `linear-gradient(90deg, ${layer.colours.join()})`;
-    const digits = high - low < 10 ? 1 : 0;
-    const ticks = [low, (low + high) / 2, high].map((value) => told(value, "", digits));
-    ticks[2] += layer.unit && ` ${layer.unit}`;
-    card.querySelectorAll(".ticks span").forEach((span, i) => { span.textContent = ticks[i]; });
+    card.querySelectorAll(".ticks span").forEach((span, i) => { span.textContent = ticks(layer)[i]; });
     card.querySelector(".about").textContent = layer.about;
     card.title = layer.about;
   };
@@ -84,7 +100,7 @@ function oneAtATime(call) {
 }
 
 function makeMap(about, state) {
-  const map = L.map("map", { zoomControl: false, zoomSnap: 0.5, maxZoom: about.zoom + 4 });
+  const map = L.map("map", { zoomControl: false, zoomSnap: 0.25, zoomDelta: 0.5, maxZoom: about.zoom + 4 });
   L.control.zoom({ position: "bottomright" }).addTo(map);
   L.control.scale({ imperial: false, maxWidth: 140 }).addTo(map);
   map.attributionControl.setPrefix('<a href="https://leafletjs.com">Leaflet</a>');
@@ -94,7 +110,7 @@ function makeMap(about, state) {
   } else {
     const narrow = map.getSize().x <= 640;
     map.fitBounds(about.bounds, narrow
-      ? { paddingTopLeft: [6, 96], paddingBottomRight: [6, 120] }
+      ? { paddingTopLeft: [6, 96], paddingBottomRight: [6, 150] }
       : { paddingTopLeft: [16, 16], paddingBottomRight: [16, 16] });
   }
   map.on("zoomend", () => {
@@ -117,10 +133,10 @@ function firstState(about) {
 function describe(about) {
   document.title = `${about.name}: height map`;
   byId("name").textContent = about.name;
-  const surface = { dsm: "surface (DSM)", dtm: "terrain (DTM)" }[about.surface] || about.surface;
-  const years = about.years.length > 1 ? "" : `${about.years[0]}, `;
-  byId("about").textContent = `${years}${surface}, heights above ${about.vertical_datum}`;
-  byId("about").title = about.description;
+  const surface = { dsm: "surface model (DSM)", dtm: "terrain model (DTM)" }[about.surface] || about.surface;
+  const year = about.years.length > 1 ? [] : about.years;
+  byId("about").textContent = [...year, surface, about.vertical_datum].join(" · ");
+  byId("description").textContent = about.description;
 }
 
 function chooseYear(about, state, changed) {
@@ -173,7 +189,7 @@ function start(about) {
   const map = makeMap(about, state);
   const panes = Object.fromEntries(SIDES.map((side) => [side, map.createPane(side)]));
   const address = (side) => `tiles/${state[side]}/${state.year}/{z}/{x}/{y}.png`;
-  const options = { bounds: about.bounds, maxNativeZoom: about.zoom, maxZoom: about.zoom + 4, attribution: about.attribution };
+  const options = { bounds: about.bounds, maxNativeZoom: about.zoom, maxZoom: about.zoom + 4, attribution: about.attribution.map(escaped).join(" · ") };
   const tiles = Object.fromEntries(SIDES.map((side) => [
     side, L.tileLayer(address(side), { ...options, pane: side }).addTo(map),
   ]));

@@ -40,7 +40,7 @@ def view(run: Run, say: Say, host: str, port: int, *, plan: bool) -> int:
     place = run.store.child(FOLDER)
     shown = viewer.Shown.of(place)
     if plan:
-        say(*_planned(shown, viewer.address(host, port)))
+        say(*_planned(shown, viewer.address(host, port) if port else f"a free port of {host}"))
         return 0
 
     def ready(address: str) -> None:
