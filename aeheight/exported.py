@@ -21,6 +21,8 @@ from aeheight.store import Store
 
 _ORDER = ("reference", "height", "difference", "spread", "novelty")
 """Of the layers that are known; others follow."""
+_DEGREE = 111_195.0
+"""Metres of a degree of latitude, in the mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,8 @@ class Exported:
     years: tuple[int, ...]
     bounds: Bounds
     """Around all tiles, degrees; east is above 180 where it lies across that meridian."""
+    pixel: float
+    """Edge of the finest pixels, metres."""
     layers: tuple[Layer, ...]
     """In the order to show them; never empty."""
 
@@ -131,19 +135,26 @@ def _exported(place: Store) -> Exported:
         vertical_datum=_named(said["aeheight:vertical_datum"]),
         years=tuple(sorted({year for layer in layers for year in layer.tiles})),
         bounds=_around([tile.bounds for tiles in layers[0].tiles.values() for tile in tiles]),
+        pixel=min(map(_pixel, items.values())),
         layers=layers,
     )
+
+
+def _pixel(item: Mapping[str, Any]) -> float:
+    """Height of a tile's pixels, metres."""
+    _, south, _, north = item["bbox"]
+    return float((north - south) * _DEGREE / item["properties"]["proj:shape"][0])
 
 
 def _attribution(
     about: Mapping[str, Any], items: Mapping[str, Mapping[str, Any]]
 ) -> tuple[str, ...]:
     """Each text once, in order."""
-    assets = [asset for item in items.values() for asset in item["assets"].values()]
-    rights = [" ".join(filter(None, (a.get("attribution"), a.get("license")))) for a in assets]
-    return tuple(
-        dict.fromkeys([*(p["description"] for p in about["providers"]), *filter(None, rights)])
-    )
+    texts = [provider["description"] for provider in about["providers"]]
+    for item in items.values():
+        for asset in item["assets"].values():
+            texts.append(" ".join(asset[k] for k in ("attribution", "license") if asset.get(k)))
+    return tuple(dict.fromkeys(filter(None, texts)))
 
 
 def _named(datum: str) -> str:

@@ -1,7 +1,9 @@
 """Web Mercator tiles, values at a point and small pictures of COGs, by rio-tiler."""
 
 import io
+import math
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ FINEST = 22
 """The last zoom level that has tiles."""
 _SAMPLE = 384
 """Longest edge of the picture of a file from which colour limits are taken, pixels."""
+_EQUATOR = 40_075_016.7
+"""Metres around it, as Web Mercator has it."""
 _GDAL = {
     "GDAL_CACHEMAX": 64,  # MB of blocks
     "GDAL_NUM_THREADS": "1",
@@ -65,11 +69,10 @@ def tile_png(
     Raises:
         OSError: a file is missing or damaged.
     """
-    try:
-        found, _ = mosaic_reader(paths, _read_tile, x, y, zoom, size, threads=0)
+    values = np.full((size, size), np.nan, np.float32)
+    with suppress(EmptyMosaicError):
+        found, _ = mosaic_reader(paths, _read_tile, x, y, zoom, size, threads=0, chunk_size=8)
         values = found.array[0].astype(np.float32).filled(np.nan)
-    except EmptyMosaicError:
-        values = np.full((size, size), np.nan, np.float32)
     return _png(_numbers(values, limits), colours)
 
 
@@ -130,10 +133,14 @@ def sample(path: Path) -> NDArray[np.float32]:
     return values
 
 
-def native_zoom(path: Path) -> int:
-    """The zoom level whose pixels are as fine as the file's."""
-    with Reader(str(path)) as source:
-        return min(int(source.maxzoom), FINEST)
+def native_zoom(metres: float, latitude: float) -> int:
+    """The zoom level whose tiles of 256 px are as fine as pixels of so many metres.
+
+    >>> native_zoom(10, 46)
+    14
+    """
+    wanted = _EQUATOR * math.cos(math.radians(latitude)) / 256 / metres
+    return min(max(math.ceil(math.log2(wanted) - 0.01), 0), FINEST)
 
 
 @lru_cache(maxsize=32)

@@ -1,8 +1,8 @@
 """A map in the browser: a page, its tiles and values, served to this machine by tornado.
 
 The page is static (`pages/`), Leaflet comes from its own package, and all that the page knows of
-the map is `layers.json`. Nothing is fetched from the network. Files are opened for each tile, and the
-catalogue is read again when the export was made anew, so that nothing old is shown.
+the map is `layers.json`. Nothing is fetched from the network. Files are opened for each tile, and
+the catalogue is read again when the export was made anew, so that nothing old is shown.
 """
 
 import asyncio
@@ -19,7 +19,6 @@ from typing import Any, Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from tornado.httpserver import HTTPServer
-from tornado.netutil import bind_sockets
 from tornado.web import Application, HTTPError, RequestHandler, StaticFileHandler
 
 from aeheight import tiling
@@ -100,12 +99,12 @@ class Shown:
                 for layer in export.layers:
                     pictures = pool.map(tiling.sample, _some(layer.files))
                     scales.setdefault(style_of(layer).scale, []).extend(pictures)
-                zoom = tiling.native_zoom(export.layers[0].files[0])
             except OSError as error:
                 raise InputError(f"{error}; run aeheight verify --repair") from error
         found = {name: _SCALES.get(name, height_limits)(given) for name, given in scales.items()}
         limits = {layer.name: found[style_of(layer).scale] for layer in export.layers}
-        return cls(export, made, limits, zoom)
+        latitude = (export.bounds[1] + export.bounds[3]) / 2
+        return cls(export, made, limits, tiling.native_zoom(export.pixel, latitude))
 
     def layer(self, name: str) -> Layer | None:
         """By its name."""
@@ -275,8 +274,8 @@ def application(viewer: Viewer) -> Application:
             (r"/layers\.json", _Layers, given),
             (r"/tiles/(\w+)/(\d{1,4})/(\d{1,2})/(\d{1,8})/(\d{1,8})\.png", _Tile, given),
             (r"/values/(\d{1,4})", _Point, given),
-            (r"/leaflet/(.*)", _Pages, {"path": leaflet()}),
-            (r"/(.*)", _Pages, {"path": _PAGES, "default_filename": "view.html"}),
+            (r"/leaflet/([\w./-]*)", _Pages, {"path": leaflet()}),
+            (r"/([\w.-]*)", _Pages, {"path": _PAGES, "default_filename": "view.html"}),
         ],
         log_function=lambda _: None,
     )
@@ -297,26 +296,30 @@ async def serve(
     Raises:
         InputError: the port is taken, or the host is not this machine's.
     """
-    sockets = _listen(host, port)
+    listener = _listen(host, port)
     viewer = Viewer(place, shown)
     server = HTTPServer(application(viewer))
     try:
-        server.add_sockets(sockets)
-        ready(address(host, sockets[0].getsockname()[1]))
+        server.add_socket(listener)
+        ready(address(host, listener.getsockname()[1]))
         await asyncio.Event().wait()
     finally:
         server.stop()
         viewer.close()
 
 
-def _listen(host: str, port: int) -> list[socket.socket]:
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return bind_sockets(port, host)
+        found = socket.create_server((host, port), family=family)
     except OSError as error:
+        reason = str(error.strerror).partition(" (")[0]
         raise InputError(
-            f"cannot listen at {host}, port {port}: {error.strerror}; take another with --port, or "
-            "any that is free with --port 0"
+            f"cannot listen at {host}, port {port}: {reason}; take another with --port, or any "
+            "that is free with --port 0"
         ) from error
+    found.setblocking(False)
+    return found
 
 
 def address(host: str, port: int) -> str:

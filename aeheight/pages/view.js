@@ -33,9 +33,11 @@ function escaped(text) {
   return element.innerHTML;
 }
 
-/** Digits after the point that tell values of a scale apart. */
-function digitsOf(layer) {
-  return layer.limits[1] - layer.limits[0] < 10 ? 2 : 1;
+/** A value of a layer, with its sign where it is a difference. */
+function toldOf(layer, value) {
+  const [low, high] = layer.limits;
+  const text = told(value, layer.unit, high - low < 10 ? 2 : 1);
+  return low === -high && value > 0 ? `+${text}` : text;
 }
 
 /** What stands under a colour bar; what lies beyond its ends has their colours. */
@@ -100,7 +102,7 @@ function oneAtATime(call) {
 }
 
 function makeMap(about, state) {
-  const map = L.map("map", { zoomControl: false, zoomSnap: 0.25, zoomDelta: 0.5, maxZoom: about.zoom + 4 });
+  const map = L.map("map", { zoomControl: false, fadeAnimation: false, zoomSnap: 0.25, zoomDelta: 0.5, maxZoom: about.zoom + 4 });
   L.control.zoom({ position: "bottomright" }).addTo(map);
   L.control.scale({ imperial: false, maxWidth: 140 }).addTo(map);
   map.attributionControl.setPrefix('<a href="https://leafletjs.com">Leaflet</a>');
@@ -153,7 +155,11 @@ function chooseYear(about, state, changed) {
 /** Values of all layers, where the mouse is, or where the map was last tapped. */
 function readValues(map, about, state) {
   const list = document.querySelector("#values dl");
-  const ring = L.circleMarker([0, 0], { radius: 7, color: "#1b262f", weight: 2, fill: false, interactive: false });
+  const circles = [["#fff", 5], ["#1b262f", 2]].map(([color, weight]) => (
+    L.circleMarker([0, 0], { radius: 7, color, weight, fill: false, interactive: false })
+  ));
+  const ring = L.layerGroup(circles);
+  const mouse = matchMedia("(hover: hover)").matches;
   let pinned = false;
   let last = null;
 
@@ -161,11 +167,11 @@ function readValues(map, about, state) {
     const { lat, lng } = place.wrap();
     const { values } = await fetched(`values/${state.year}?lon=${lng}&lat=${lat}`);
     last = place;
-    byId("place").textContent = `${told(lat, "", 5)}°, ${told(lng, "", 5)}°${pinned ? " (click to let go)" : ""}`;
+    byId("place").textContent = `${told(lat, "", 5)}°, ${told(lng, "", 5)}°${pinned && mouse ? " (click to let go)" : ""}`;
     list.replaceChildren(...about.layers.flatMap((layer) => {
       const [term, value] = [document.createElement("dt"), document.createElement("dd")];
       term.textContent = layer.title;
-      value.textContent = told(values[layer.name], layer.unit, digitsOf(layer));
+      value.textContent = toldOf(layer, values[layer.name]);
       return [term, value];
     }));
     for (const side of SIDES) mark(side, about.layers.find((l) => l.name === state[side]), values[state[side]]);
@@ -173,9 +179,9 @@ function readValues(map, about, state) {
 
   map.on("mousemove", (event) => { if (!pinned) read(event.latlng); });
   map.on("click", (event) => {
-    const mouse = matchMedia("(hover: hover)").matches;
     pinned = !(pinned && mouse);
-    if (pinned) ring.setLatLng(event.latlng).addTo(map);
+    for (const circle of circles) circle.setLatLng(event.latlng);
+    if (pinned) ring.addTo(map);
     else ring.remove();
     read(event.latlng);
   });

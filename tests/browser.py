@@ -1,0 +1,138 @@
+"""A headless Chromium for tests of pages: its DevTools protocol over tornado's websocket client."""
+
+import asyncio
+import base64
+import io
+import json
+import shutil
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tornado.websocket import WebSocketClientConnection, websocket_connect
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+"""Where the browser is; None: there is none."""
+_PATIENCE = 30
+"""Seconds that the browser is waited for."""
+
+
+class Page:
+    """One tab."""
+
+    def __init__(self, runner: asyncio.Runner, socket: WebSocketClientConnection) -> None:
+        self._runner, self._socket, self._number = runner, socket, 0
+        self.complaints: list[str] = []
+        """Errors and warnings that the console showed, and requests that failed."""
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self(f"{domain}.enable")
+
+    def __call__(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Ask the browser something; events that come before the answer are looked through."""
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": parameters}
+        return self._runner.run(self._ask(json.dumps(message), self._number))
+
+    async def _ask(self, message: str, number: int) -> dict[str, Any]:
+        await self._socket.write_message(message)
+        while True:
+            told = await asyncio.wait_for(self._socket.read_message(), _PATIENCE)
+            assert isinstance(told, str), "the browser has gone"
+            found = json.loads(told)
+            if found.get("id") == number:
+                assert "error" not in found, found["error"]
+                return found["result"]
+            self._listen(found.get("method", ""), found.get("params", {}))
+
+    def _listen(self, method: str, told: dict[str, Any]) -> None:
+        loud = told.get("type") in ("error", "warning", "assert")
+        if method == "Runtime.exceptionThrown" or (method == "Runtime.consoleAPICalled" and loud):
+            self.complaints.append(json.dumps(told))
+        if method == "Log.entryAdded" and told["entry"]["level"] in ("error", "warning"):
+            self.complaints.append(told["entry"]["text"] + " " + told["entry"].get("url", ""))
+        if method == "Network.loadingFailed" and not told.get("canceled"):
+            self.complaints.append(told["errorText"])
+
+    def evaluate(self, script: str) -> Any:
+        """The value of an expression in the page; a promise is awaited."""
+        found = self("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in found, found["exceptionDetails"]
+        return found["result"].get("value")
+
+    def until(self, script: str) -> None:
+        """Wait until an expression is true."""
+        end = time.monotonic() + _PATIENCE
+        while not self.evaluate(script):
+            assert time.monotonic() < end, f"never true: {script}"
+            time.sleep(0.03)
+
+    def resize(self, width: int, height: int, *, phone: bool = False) -> None:
+        """The size of the window."""
+        self("Emulation.setDeviceMetricsOverride", width=width, height=height,
+             deviceScaleFactor=1, mobile=phone)  # fmt: skip
+        self("Emulation.setTouchEmulationEnabled", enabled=phone)
+
+    def open(self, address: str) -> None:
+        """Go to a page; it need not be ready."""
+        self("Page.navigate", url="about:blank")
+        self("Page.navigate", url=address)
+
+    def mouse(self, kind: str, x: float, y: float) -> None:
+        """`mouseMoved`, `mousePressed` or `mouseReleased`, at a place of the window."""
+        held = {"button": "left", "buttons": 1, "clickCount": 1}
+        self("Input.dispatchMouseEvent", type=kind, x=x, y=y, **held)
+
+    def tap(self, x: float, y: float) -> None:
+        """A finger."""
+        self("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        self("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def picture(self) -> np.ndarray:
+        """What is seen: (rows, columns, 3)."""
+        data = base64.b64decode(self("Page.captureScreenshot")["data"])
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+
+
+@contextmanager
+def browser(folder: Path) -> Iterator[Page]:
+    """A tab of a browser that knows no network beyond this machine; its profile in a folder."""
+    assert CHROMIUM
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--mute-audio")
+    apart = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
+    process = subprocess.Popen(
+        [CHROMIUM, *options, apart, "--remote-debugging-port=0", f"--user-data-dir={folder}",
+         "about:blank"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        with asyncio.Runner() as runner:
+            address = _first_tab(folder / "DevToolsActivePort")
+            socket = runner.run(_connect(address))
+            yield Page(runner, socket)
+            socket.close()
+    finally:
+        process.terminate()
+        process.wait(_PATIENCE)
+
+
+async def _connect(address: str) -> WebSocketClientConnection:
+    return await websocket_connect(address, max_message_size=1 << 26)
+
+
+def _first_tab(contact: Path) -> str:
+    end = time.monotonic() + _PATIENCE
+    while time.monotonic() < end:
+        with suppress(OSError, IndexError, StopIteration):
+            port = contact.read_text().split()[0]
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list") as answer:
+                tabs = json.load(answer)
+            return next(t["webSocketDebuggerUrl"] for t in tabs if t["type"] == "page")
+        time.sleep(0.05)
+    raise TimeoutError("the browser did not come up")
