@@ -150,10 +150,9 @@ def _attribution(
     about: Mapping[str, Any], items: Mapping[str, Mapping[str, Any]]
 ) -> tuple[str, ...]:
     """Each text once, in order."""
-    texts = [provider["description"] for provider in about["providers"]]
-    for item in items.values():
-        for asset in item["assets"].values():
-            texts.append(" ".join(asset[k] for k in ("attribution", "license") if asset.get(k)))
+    assets = [asset for item in items.values() for asset in item["assets"].values()]
+    rights = (" ".join(a[k] for k in ("attribution", "license") if a.get(k)) for a in assets)
+    texts = [*(provider["description"] for provider in about["providers"]), *rights]
     return tuple(dict.fromkeys(filter(None, texts)))
 
 

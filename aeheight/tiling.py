@@ -3,7 +3,6 @@
 import io
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ import rasterio
 from morecantile import Tile
 from numpy.typing import NDArray
 from PIL import Image
+from rasterio.warp import transform_bounds
 from rio_tiler.colormap import cmap
 from rio_tiler.constants import WEB_MERCATOR_TMS
-from rio_tiler.errors import EmptyMosaicError, PointOutsideBounds
+from rio_tiler.errors import PointOutsideBounds
 from rio_tiler.io import Reader
-from rio_tiler.models import ImageData
-from rio_tiler.mosaic import mosaic_reader
 
 from aeheight.grid import Bounds
 
@@ -29,7 +27,7 @@ _SAMPLE = 384
 _EQUATOR = 40_075_016.7
 """Metres around it, as Web Mercator has it."""
 _GDAL = {
-    "GDAL_CACHEMAX": 64,  # MB of blocks
+    "GDAL_CACHEMAX": 64_000_000,  # bytes of blocks
     "GDAL_NUM_THREADS": "1",
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
 }
@@ -70,16 +68,42 @@ def tile_png(
         OSError: a file is missing or damaged.
     """
     values = np.full((size, size), np.nan, np.float32)
-    with suppress(EmptyMosaicError):
-        found, _ = mosaic_reader(paths, _read_tile, x, y, zoom, size, threads=0, chunk_size=8)
-        values = found.array[0].astype(np.float32).filled(np.nan)
+    for path in paths:
+        _fill(values, path, WEB_MERCATOR_TMS.xy_bounds(Tile(x, y, zoom)))
+        if not np.isnan(values).any():
+            break
     return _png(_numbers(values, limits), colours)
 
 
-def _read_tile(path: Path, x: int, y: int, zoom: int, size: int) -> ImageData:
+def _fill(values: NDArray[np.float32], path: Path, area: Bounds) -> None:
+    """Put the pixels of a file where a tile has none yet.
+
+    Only the part of the tile that the file covers is read: a tile of a whole country looks into
+    hundreds of files, and each costs as its pixels there do.
+    """
     with rasterio.Env(**_GDAL), Reader(str(path)) as source:
-        found: ImageData = source.tile(x, y, zoom, tilesize=size)
-    return found
+        mercator = WEB_MERCATOR_TMS.rasterio_crs
+        rows, cols = _covered(transform_bounds(source.crs, mercator, *source.bounds), area, values)
+        if rows.start >= rows.stop or cols.start >= cols.stop:
+            return
+        edge, part = (area[2] - area[0]) / len(values), values[rows, cols]
+        west, north = area[0] + cols.start * edge, area[3] - rows.start * edge
+        box = (west, north - part.shape[0] * edge, west + part.shape[1] * edge, north)
+        found = source.part(
+            box, dst_crs=mercator, bounds_crs=mercator, height=part.shape[0], width=part.shape[1]
+        )
+    np.copyto(part, found.array[0].astype(np.float32).filled(np.nan), where=np.isnan(part))
+
+
+def _covered(bounds: Bounds, area: Bounds, values: NDArray[np.float32]) -> tuple[slice, slice]:
+    """Rows and columns of a tile that bounds lie in, and one more on each side."""
+    size = len(values)
+    edge = (area[2] - area[0]) / size
+    left, right = (bounds[0] - area[0]) / edge, (bounds[2] - area[0]) / edge
+    top, bottom = (area[3] - bounds[3]) / edge, (area[3] - bounds[1]) / edge
+    first = [max(math.floor(start) - 1, 0) for start in (top, left)]
+    last = [min(math.ceil(stop) + 1, size) for stop in (bottom, right)]
+    return slice(first[0], last[0]), slice(first[1], last[1])
 
 
 def _numbers(values: NDArray[np.float32], limits: tuple[float, float]) -> NDArray[np.uint8]:

@@ -44,11 +44,12 @@ function toldOf(layer, value) {
 function ticks(layer) {
   const [low, high] = layer.limits;
   const digits = high - low < 10 ? 1 : 0;
+  const short = (value, unit) => told(value, unit, digits).replace(/\.0(?= |$)/, "");
   const plus = low === -high ? "+" : "";
   return [
-    `${low === 0 ? "" : "≤ "}${told(low, "", digits)}`,
-    told((low + high) / 2, "", digits),
-    `≥ ${plus}${told(high, layer.unit, digits)}`,
+    `${low === 0 ? "" : "≤ "}${short(low, "")}`,
+    short((low + high) / 2, ""),
+    `≥ ${plus}${short(high, layer.unit)}`,
   ];
 }
 
