@@ -29,8 +29,8 @@ from aeheight.windows import Region, tile
 
 _WINDOW = 1024
 """Edge of the windows that are held at once, pixels."""
-_CACHE = 64
-"""MB of blocks that GDAL keeps."""
+_CACHE = 64_000_000
+"""Bytes of blocks that GDAL keeps."""
 
 Heights = NDArray[np.float32]
 Read = Callable[[Region], Heights]
