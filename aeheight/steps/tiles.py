@@ -22,6 +22,7 @@ from aeheight.grid import Grid
 from aeheight.receipts import Ledger, Receipt
 from aeheight.settings import ExportSettings
 from aeheight.sources.datum import compound
+from aeheight.steps.pyramids import in_pyramids
 from aeheight.steps.shown import DIFFERENCE, REFERENCE, Shown
 from aeheight.store import Store
 from aeheight.template import Layer, Shard
@@ -46,6 +47,8 @@ def key_of(shard: Shard, layer: str) -> str:
 
 def files_of(receipt: Receipt) -> dict[str, str]:
     """Every file of a tile under the export, with its SHA-256; none where it is all nodata."""
+    if in_pyramids(receipt.shard):
+        return dict(receipt.further)
     if not receipt.valid:
         return {}
     shard = Shard.parse(receipt.shard)
