@@ -208,6 +208,9 @@ class ExportSettings(_Settings):
     reference's licence forbids copies."""
     pyramids: bool = False
     """Also a Zarr pyramid of every zone, GeoZarr multiscales; once made, it is kept up."""
+    area: Bounds | str | None = None
+    """Bounds in degrees, or a GeoJSON file of polygons: plain GeoTIFFs of this area only, beside
+    whatever was exported."""
     crs: str | None = None
     """Such as `EPSG:3035`: further files, a mosaic of all zones in this CRS, blended where zones
     meet."""

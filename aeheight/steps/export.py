@@ -20,6 +20,7 @@ from aeheight.errors import InputError
 from aeheight.pyramid import Pyramid, found_version
 from aeheight.receipts import Ledger, versions
 from aeheight.settings import ExportSettings, fingerprint
+from aeheight.steps import area
 from aeheight.steps.pyramids import (
     PYRAMIDS,
     Halve,
@@ -36,7 +37,8 @@ from aeheight.windows import Region, tile
 
 LEDGER, FOLDER = "export", "export"
 """Receipts and files, under the run's store."""
-_LATER = ("crs", "resolution", "pyramids")
+_FOLDERS = {LEDGER: FOLDER, area.LEDGER: area.FOLDER}
+_LATER = ("crs", "resolution", "pyramids", "area")
 """Settings of what can be added later, and leaves the zones' files as they are."""
 _PROCESS_BYTES = 500_000_000
 """Upper bound for two tasks at hand; measured with one: 175 MB, of a mosaic 360 MB."""
@@ -103,7 +105,7 @@ class _Work:
         """The squares of the pyramids, stage by stage; none where they are not wanted."""
         if not self.pyramids:
             return []
-        return stages(self.pyramid, _Ground(self.tree).holds, self._inputs)
+        return stages(self.pyramid, _Ground(self.tree).holds, self.inputs)
 
     def shards(self) -> list[Shard]:
         """All pieces of work."""
@@ -114,7 +116,7 @@ class _Work:
         """That of all zones, wanted or not."""
         return pyramid_of(self.shown, self.settings, self.origin())
 
-    def _inputs(self, zone: str, year: int | None, region: Region) -> list[str]:
+    def inputs(self, zone: str, year: int | None, region: Region) -> list[str]:
         """What a region of a zone is made from: the map in a year, and its reference."""
         mapped = [] if year is None else self.made.inputs(zone, {"height": year}, region)
         return mapped + (self.below.inputs(zone, {"height": None}, region) if self.below else [])
@@ -125,7 +127,7 @@ class _Work:
             for year in self.tree.template.years:
                 for region in tile(grid.shape, self.settings.tile):
                     if ground.holds(grid.name, region):
-                        inputs = self._inputs(grid.name, year, region)
+                        inputs = self.inputs(grid.name, year, region)
                         yield Shard(grid.name, "height", year, region, fingerprint(inputs))
 
     def _of_mosaic(self, mosaic: Mosaic) -> Iterator[Shard]:
@@ -193,6 +195,8 @@ def plan(run: Run) -> Plan:
         InputError: the map is not whole, or was exported with other settings.
     """
     work, ledger = _Work.of(run), run.ledger(LEDGER)
+    if work.settings.area is not None:
+        return _plan_area(run, work)
     if not run.options.overwrite:
         ledger.check(work.begun_with(), "export")
     shards, shown = work.tiles(), work.shown
@@ -236,10 +240,12 @@ def execute(run: Run) -> Outcome:
         InputError: the map is not whole, or was exported with other settings.
     """
     work, ledger, place = _Work.of(run), run.ledger(LEDGER), run.store.child(FOLDER)
+    if work.settings.area is not None:
+        return _clip(run, work)
     tiles, later = work.tiles(), work.stages()
     shards = [*tiles, *chain.from_iterable(later)]
     if run.options.overwrite:
-        run.discard(ledger.store, place)
+        run.discard(ledger.store, place, run.ledger(area.LEDGER).store)
     ledger = ledger.begin(work.begun_with())
     gone = _outgrown(work, ledger, shards)
     forget(run, gone)
@@ -263,6 +269,53 @@ def execute(run: Run) -> Outcome:
 
         publish(run, task, work.tree, ledger)
     return outcome
+
+
+def _area(run: Run, work: _Work) -> tuple[Ledger, area.Clip, list[Shard]]:
+    """Receipts, task and shards of an area; what they are made from is all in their inputs."""
+    ledger, place = run.ledger(area.LEDGER), run.store.child(area.FOLDER)
+    ledger = replace(ledger, key=fingerprint({}))
+    wanted = area.Area.of(run.settings)
+    task = area.Clip(
+        work.shown, wanted, place.uri, ledger.store.uri, ledger.key, work.settings, work.origin()
+    )
+    found = wanted.regions(work.tree.template.grids, _Ground(work.tree).holds)
+    return (
+        ledger,
+        task,
+        [
+            task.shard(zone, year, region, work.inputs(zone, year, region))
+            for zone, region in found
+            for year in work.tree.template.years
+        ],
+    )
+
+
+def _plan_area(run: Run, work: _Work) -> Plan:
+    ledger, task, shards = _area(run, work)
+    layers, largest = task.shown.layers(), max(shard.region.size for shard in shards)
+    sizes = {s.group: f"{s.region.height} x {s.region.width} px" for s in shards}
+    return Plan(
+        "export",
+        {
+            "map": work.settings.map,
+            "area": [f"{zone} {size}" for zone, size in sizes.items()],
+            "files": len(shards) * len(layers),
+            "layers": [layer.name for layer in layers],
+            "shards": len(shards),
+            "pending": len(shards if run.options.overwrite else ledger.pending(shards)),
+            "bytes_to_write": 4 * len(layers) * sum(shard.region.size for shard in shards),
+            "temporary_bytes_per_task": 4 * largest,
+            "peak_worker_bytes": _PROCESS_BYTES,
+        },
+    )
+
+
+def _clip(run: Run, work: _Work) -> Outcome:
+    ledger, task, shards = _area(run, work)
+    if run.options.overwrite:
+        run.discard(ledger.store, run.store.child(area.FOLDER))
+    return carry_out(run, "area", ledger.begin({}), shards, task)
 
 
 def _halve(
@@ -300,9 +353,9 @@ def _outgrown(work: _Work, ledger: Ledger, shards: Sequence[Shard]) -> list[str]
     ]
 
 
-def forget(run: Run, names: Sequence[str]) -> None:
-    """Remove the files and receipts of some tiles."""
-    ledger, place = run.ledger(LEDGER).current(), run.store.child(FOLDER)
+def forget(run: Run, names: Sequence[str], label: str = LEDGER) -> None:
+    """Remove the files and receipts of some tiles, or of areas."""
+    ledger, place = run.ledger(label).current(), run.store.child(_FOLDERS[label])
     found = [key for receipt in ledger.receipts(names) for key in files_of(receipt)]
     place.remove_many(found)
     ledger.forget(names)
@@ -311,8 +364,8 @@ def forget(run: Run, names: Sequence[str]) -> None:
 def as_made(run: Run) -> Run:
     """The run with the settings that its files were made with, for repair."""
     made = (run.ledger(LEDGER).settings() or {})["export"]
-    export = run.settings.export.model_copy(update=ExportSettings(**made).model_dump(
-        exclude={*_LATER}))  # fmt: skip
+    settings = ExportSettings(**made).model_dump(exclude={*_LATER})
+    export = run.settings.export.model_copy(update=settings | {"area": None})
     return replace(run, settings=run.settings.model_copy(update={"export": export}))
 
 
@@ -331,7 +384,10 @@ def progress(run: Run) -> tuple[int, int] | None:
     return len(shards) - left, len(shards)
 
 
-def check(run: Run) -> Check:
-    """The task that compares the tiles of a run with their receipts."""
-    ledger = run.ledger(LEDGER).current()
-    return Check(run.store.child(FOLDER).uri, ledger.store.uri, ledger.key)
+def checks(run: Run) -> Iterator[tuple[str, Ledger, Check]]:
+    """Label and receipts of what was exported, and the task that compares its files with them."""
+    for label, folder in _FOLDERS.items():
+        ledger = run.ledger(label)
+        if ledger.settings() is not None:
+            ledger = ledger.current()
+            yield label, ledger, Check(run.store.child(folder).uri, ledger.store.uri, ledger.key)
