@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+import zarr_cm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes
@@ -177,8 +178,22 @@ def test_rioxarray_and_odc_geo_see_the_crs(done):
             assert box.resolution.x == 10 * 2**level
 
 
+def test_the_conventions_are_kept(done):
+    """Multiscales, proj and spatial, by the models of the conventions' own package."""
+    zone = json.loads((pyramids(done.region) / "utm10n" / "zarr.json").read_text())
+    assert set(zarr_cm.detect_revisions(zone["attributes"])) == {"multiscales", "proj", "spatial"}
+    for convention in (zarr_cm.multiscales, zarr_cm.proj, zarr_cm.spatial):
+        convention.validate_group_metadata(zone)
+    for level in range(4):
+        group = json.loads((pyramids(done.region) / f"utm10n/{level}/zarr.json").read_text())
+        assert set(zarr_cm.detect_revisions(group["attributes"])) == {"proj", "spatial"}
+        zarr_cm.validate_all(group["attributes"])
+    del zone["attributes"]["multiscales"]["layout"][1]["transform"]
+    with pytest.raises(ValueError, match="transform"):  # it does look
+        zarr_cm.multiscales.validate_group_metadata(zone)
+
+
 def test_multiscales_say_how_the_levels_lie(done):
-    """The rules of the convention's schema (v1), by hand: it is on the web only."""
     about = json.loads((pyramids(done.region) / "utm10n" / "zarr.json").read_text())["attributes"]
     names = {each["name"]: each for each in about["zarr_conventions"]}
     assert names["multiscales"]["uuid"] == "d35379db-88df-4056-af3a-620245f8e347"
