@@ -111,6 +111,15 @@ class _Work:
         """All pieces of work."""
         return [*self.tiles(), *chain.from_iterable(self.stages())]
 
+    def layers(self, shard: Shard) -> int:
+        """How many layers a tile or a square has at most."""
+        shown = self.shown
+        if self.mosaic and shard.group == self.mosaic.name:
+            return len(shown.of_map())
+        if not in_pyramids(shard.group):
+            return len(shown.layers())
+        return sum(layer.timed == (shard.year is not None) for layer in shown.layers())
+
     @property
     def pyramid(self) -> Pyramid:
         """That of all zones, wanted or not."""
@@ -199,35 +208,30 @@ def plan(run: Run) -> Plan:
         return _plan_area(run, work)
     if not run.options.overwrite:
         ledger.check(work.begun_with(), "export")
-    shards, shown = work.tiles(), work.shown
-    names = [layer.name for layer in shown.layers()]
-    own = {grid.name for grid in work.tree.template.grids}
-    layers = {s: len(names if s.group in own else shown.of_map()) for s in shards}
-    largest = max((shard.region.size for shard in shards), default=0)
+    tiles, later = work.tiles(), work.stages()
+    shards = [*tiles, *chain.from_iterable(later)]
+    layers = {tile: work.layers(tile) for tile in tiles}
+    squares = {square: work.layers(square) for square in (later[0] if later else [])}
     facts: dict[str, Any] = {
         "map": work.settings.map,
         "files": sum(layers.values()),
-        "layers": names,
-        "shards": len(work.shards()),
-        "pending": run.left(LEDGER, work.shards()),
+        "layers": [layer.name for layer in work.shown.layers()],
+        "shards": len(shards),
+        "pending": run.left(LEDGER, shards),
         "tile_px": work.settings.tile,
     }
-    to_write = sum(s.region.size * layers[s] for s in shards)
-    if squares := [s for stage in work.stages()[:1] for s in stage]:
+    if later:
         facts["pyramids"] = f"{PYRAMIDS}, from squares of {work.pyramid.tile} px"
-        to_write += sum(
-            s.region.size * sum(layer.timed == (s.year is not None) for layer in shown.layers())
-            for s in squares
-        )
     if work.mosaic:
         grid = work.mosaic.grid
         facts["mosaic"] = f"{grid.crs}, {grid.shape[0]} x {grid.shape[1]} px of {grid.resolution:g}"
+    pixels = sum(shard.region.size * count for shard, count in (layers | squares).items())
     return Plan(
         "export",
         facts
         | {
-            "bytes_to_write": 4 * to_write * 4 // 3,
-            "temporary_bytes_per_task": 4 * largest * 3,
+            "bytes_to_write": 4 * pixels * 4 // 3,
+            "temporary_bytes_per_task": 4 * 3 * max((t.region.size for t in tiles), default=0),
             "peak_worker_bytes": _PROCESS_BYTES + 2 * task_bytes(work.pyramid) * work.pyramids,
         },
     )
