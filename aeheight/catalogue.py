@@ -24,6 +24,11 @@ MLM = "https://stac-extensions.github.io/mlm/v1.4.0/schema.json"
 COLLECTION, MODEL = "collection.json", "model.json"
 """Under the export."""
 _DEGREES = "EPSG:4326"
+_KINDS = {
+    "png": (pystac.MediaType.PNG, "overview"),
+    "zarr": ("application/vnd.zarr; version=3", "data"),
+}
+"""Media type and role of what an export has once, by its suffix."""
 _ALONG = 8
 """Points along each side of a tile's outline."""
 
@@ -238,7 +243,7 @@ def collection(
     bboxes: Sequence[Bounds],
     years: Sequence[int],
     items: Sequence[str],
-    pictures: Mapping[str, str],
+    beside: Mapping[str, str],
 ) -> bytes:
     """The collection, as JSON.
 
@@ -248,7 +253,7 @@ def collection(
         bboxes: of the groups, degrees.
         years: of the map.
         items: relative paths of the items.
-        pictures: relative path and title of the PNGs.
+        beside: relative path and title of PNGs and of Zarr stores.
     """
     spans = [[datetime(min(years), 1, 1, tzinfo=UTC),
               datetime(max(years), 12, 31, 23, 59, 59, tzinfo=UTC)]]  # fmt: skip
@@ -272,9 +277,11 @@ def collection(
     found.add_link(_link("root", COLLECTION, origin.collection))
     for href in items:
         found.add_link(_link("item", href, None, "application/geo+json"))
-    for href, title in pictures.items():
-        picture = pystac.Asset(href, title, media_type=pystac.MediaType.PNG, roles=["overview"])
-        found.add_asset(href.removeprefix("./").removesuffix(".png").replace("/", "-"), picture)
+    for href, title in beside.items():
+        name, _, kind = href.removeprefix("./").rpartition(".")
+        media, role = _KINDS[kind]
+        asset = pystac.Asset(href, title, media_type=media, roles=[role])
+        found.add_asset(name.replace("/", "-"), asset)
     return _json(found.to_dict(include_self_link=False, transform_hrefs=False))
 
 

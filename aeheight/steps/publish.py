@@ -17,6 +17,7 @@ from aeheight.models import Checkpoint
 from aeheight.receipts import Ledger
 from aeheight.steps.export import FOLDER
 from aeheight.steps.predict import MODEL as CHECKPOINT
+from aeheight.steps.pyramids import PYRAMIDS, in_pyramids
 from aeheight.steps.run import Run
 from aeheight.steps.tiles import Export, key_of, picture_cut, picture_key
 from aeheight.template import Shard
@@ -32,10 +33,10 @@ def publish(run: Run, task: Export, tree: Tree, ledger: Ledger) -> None:
         tree: the map.
         ledger: of the tiles.
     """
-    receipts = ledger.receipts(sorted(ledger.done()))
+    receipts = ledger.receipts(sorted(n for n in ledger.done() if not in_pyramids(n)))
     shards = [Shard.parse(receipt.shard) for receipt in receipts if receipt.valid]
     place = run.store.child(FOLDER)
-    pictures: dict[str, str] = {}
+    beside: dict[str, str] = {}
     known = {grid.name for grid in tree.template.grids}
     if task.mosaic:
         known.add(task.mosaic.name)
@@ -44,13 +45,15 @@ def publish(run: Run, task: Export, tree: Tree, ledger: Ledger) -> None:
         for name, title, data in _pictures(task, ledger, members):
             key = f"{group}/{year}/{name}.png"
             place.write(key, data)
-            pictures[f"./{key}"] = f"{title}, {group}, {year}"
+            beside[f"./{key}"] = f"{title}, {group}, {year}"
+    if place.exists(f"{PYRAMIDS}/zarr.json"):
+        beside[f"./{PYRAMIDS}"] = "All zones at halves of their resolution, as GeoZarr multiscales"
     place.write(MODEL, _model(run, task))
     grids = tree.template.grids
     boxes = [reproject_bounds(grid.bounds, grid.crs, "EPSG:4326") for grid in grids]
     items = [f"./{key_of(shard, 'item')}" for shard in shards] + [f"./{MODEL}"]
     note = run.settings.note
-    found = collection(task.origin, note, boxes, tree.template.years, items, pictures)
+    found = collection(task.origin, note, boxes, tree.template.years, items, beside)
     place.write(COLLECTION, found)
 
 

@@ -88,7 +88,7 @@ class Shown:
 def _beside(heights: Tree, cube: Tree) -> tuple[Layer, Layer]:
     """The reference as the cube describes it, and the difference from it."""
     mapped, known = (tree.template.layer("height").attributes for tree in (heights, cube))
-    reference = Layer(REFERENCE, "float32", np.nan, timed=True, attributes=known)
+    reference = Layer(REFERENCE, "float32", np.nan, attributes=known)
     about: dict[str, Any] = {
         "long_name": "predicted minus reference height",
         "units": "m",

@@ -46,9 +46,11 @@ def key_of(shard: Shard, layer: str) -> str:
 
 def files_of(receipt: Receipt) -> dict[str, str]:
     """Every file of a tile under the export, with its SHA-256; none where it is all nodata."""
+    shard = Shard.parse(receipt.shard)
+    if shard.layer != "height":  # of a pyramid or an area
+        return dict(receipt.further)
     if not receipt.valid:
         return {}
-    shard = Shard.parse(receipt.shard)
     found = {shard.layer: receipt.checksum, **receipt.further}
     return {key_of(shard, layer): digest for layer, digest in found.items()}
 
@@ -65,6 +67,27 @@ def picture_cut(shape: tuple[int, int], region: Region) -> Region:
         round(edge / every) for edge in (region.row, region.col, region.bottom, region.right)
     )
     return Region(row, col, max(bottom - row, 1), max(right - col, 1))
+
+
+def about_layer(origin: Origin, shard: Shard, layer: Layer, grid: Grid) -> About:
+    """What the file of a layer says of itself."""
+    told, is_reference = layer.attributes, layer.name == REFERENCE
+    description = str(told.get("long_name", layer.name))
+    datum = str(told.get("vertical_datum", "unknown"))
+    rights = ["" if is_reference else ATTRIBUTION, str(told.get("attribution", ""))]
+    whole = compound(grid.crs, datum) if layer.name in ("height", REFERENCE) else None
+    tags = {
+        "TIFFTAG_SOFTWARE": f"aeheight {__version__}",
+        "TIFFTAG_IMAGEDESCRIPTION": f"{description}, {origin.collection}"
+        + ("" if is_reference else f", {shard.year}"),
+        "TIFFTAG_COPYRIGHT": "; ".join(filter(None, rights)) or "that of the reference",
+        "LAYER": layer.name,
+        **({} if is_reference else {"YEAR": str(shard.year)}),
+        **({} if is_reference else {"CHECKPOINT": origin.checkpoint}),
+        **{name.upper(): str(told[name]) for name in _TOLD if name in told},
+    }
+    unit = {"m": "metre", "1": ""}.get(str(told.get("units", "1")), "")
+    return About(description, unit, whole or CRS.from_user_input(grid.crs), tags)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +153,7 @@ class Export:
         """Make a layer's COG here, and put it into the store in one piece."""
         grid, path = self.grid(shard.group), folder / f"{layer.name}.tif"
         read = partial(self._read, shard, layer.name)
-        about = self._about(shard, layer, grid)
+        about = about_layer(self.origin, shard, layer, grid)
         moments = write_cog(path, grid.part(shard.region), read, about, self.settings)
         if not moments.valid:
             return moments
@@ -156,25 +179,6 @@ class Export:
         return self.mosaic.read(
             region, lambda zone, part: self.shown.read(zone.name, layer, shard.year, part)
         )
-
-    def _about(self, shard: Shard, layer: Layer, grid: Grid) -> About:
-        told, is_reference = layer.attributes, layer.name == REFERENCE
-        description = str(told.get("long_name", layer.name))
-        datum = str(told.get("vertical_datum", "unknown"))
-        rights = ["" if is_reference else ATTRIBUTION, str(told.get("attribution", ""))]
-        whole = compound(grid.crs, datum) if layer.name in (shard.layer, REFERENCE) else None
-        tags = {
-            "TIFFTAG_SOFTWARE": f"aeheight {__version__}",
-            "TIFFTAG_IMAGEDESCRIPTION": f"{description}, {self.origin.collection}"
-            + ("" if is_reference else f", {shard.year}"),
-            "TIFFTAG_COPYRIGHT": "; ".join(filter(None, rights)) or "that of the reference",
-            "LAYER": layer.name,
-            **({} if is_reference else {"YEAR": str(shard.year)}),
-            **({} if is_reference else {"CHECKPOINT": self.origin.checkpoint}),
-            **{name.upper(): str(told[name]) for name in _TOLD if name in told},
-        }
-        unit = {"m": "metre", "1": ""}.get(str(told.get("units", "1")), "")
-        return About(description, unit, whole or CRS.from_user_input(grid.crs), tags)
 
     def _keep_picture(self, shard: Shard, path: Path, grid: Grid) -> None:
         """A small picture of the tile, from the COG's overviews."""
