@@ -82,6 +82,11 @@ class Mosaic:
     reach: float
     """Metres by which the zones' predictions reach past their edges."""
 
+    @property
+    def name(self) -> str:
+        """Its folder's name, such as `mosaic-epsg3035`."""
+        return f"mosaic-{self.grid.name}"
+
     def read(self, region: Region, read: Read) -> Heights:
         """The pixels of a region: the weighted mean of the zones that have a height there.
 

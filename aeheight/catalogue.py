@@ -6,7 +6,7 @@ Everything links by relative paths, so that a folder of exports can be moved or 
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,6 +24,11 @@ MLM = "https://stac-extensions.github.io/mlm/v1.4.0/schema.json"
 COLLECTION, MODEL = "collection.json", "model.json"
 """Under the export."""
 _DEGREES = "EPSG:4326"
+_KINDS = {
+    "png": (pystac.MediaType.PNG, "overview"),
+    "zarr": ("application/vnd.zarr; version=3", "data"),
+}
+"""Media type and role of what an export has once, by its suffix."""
 _ALONG = 8
 """Points along each side of a tile's outline."""
 
@@ -42,6 +47,8 @@ class File:
     """Hexadecimal."""
     statistics: Mapping[str, float]
     """Of its valid pixels."""
+    rights: Mapping[str, str] = field(default_factory=dict)
+    """`attribution` and `license`, where they are not the map's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +148,10 @@ def tile_item(
 
 
 def _asset(file: File, item: pystac.Item, resolution: float) -> pystac.Asset:
-    asset = pystac.Asset(file.href, file.title, media_type=pystac.MediaType.COG, roles=["data"])
+    asset = pystac.Asset(
+        file.href, file.title, media_type=pystac.MediaType.COG, roles=["data"],
+        extra_fields=dict(file.rights),
+    )  # fmt: skip
     asset.set_owner(item)
     FileExtension.ext(asset, add_if_missing=True).apply(
         size=file.size, checksum=multihash(file.sha256)
@@ -299,7 +309,7 @@ def collection(
     bboxes: Sequence[Bounds],
     years: Sequence[int],
     items: Sequence[str],
-    pictures: Mapping[str, str],
+    beside: Mapping[str, str],
 ) -> bytes:
     """The collection, as JSON.
 
@@ -309,7 +319,7 @@ def collection(
         bboxes: of the groups, degrees.
         years: of the map.
         items: relative paths of the items.
-        pictures: relative path and title of the PNGs.
+        beside: relative path and title of PNGs and of Zarr stores.
     """
     spans = [[datetime(min(years), 1, 1, tzinfo=UTC),
               datetime(max(years), 12, 31, 23, 59, 59, tzinfo=UTC)]]  # fmt: skip
@@ -333,9 +343,11 @@ def collection(
     found.add_link(_link("root", COLLECTION, origin.collection))
     for href in items:
         found.add_link(_link("item", href, None, "application/geo+json"))
-    for href, title in pictures.items():
-        picture = pystac.Asset(href, title, media_type=pystac.MediaType.PNG, roles=["overview"])
-        found.add_asset(href.removeprefix("./").removesuffix(".png").replace("/", "-"), picture)
+    for href, title in beside.items():
+        name, _, kind = href.removeprefix("./").rpartition(".")
+        media, role = _KINDS[kind]
+        asset = pystac.Asset(href, title, media_type=media, roles=[role])
+        found.add_asset(name.replace("/", "-"), asset)
     return _json(found.to_dict(include_self_link=False, transform_hrefs=False))
 
 

@@ -28,6 +28,7 @@ _VERBS = {
     "evaluate": "the map against its reference: metrics and a report",
     "calibrate": "a finished map corrected by sparse reference heights, where they prove a gain",
     "export": "a finished map to files that every GIS opens: COGs, STAC, pictures",
+    "view": "a finished export as a map in the browser, served to this machine",
     "run": "all steps in order; what is done is skipped",
     "status": "what is done and what is left",
     "verify": "read every finished shard again and compare its checksum",
@@ -41,6 +42,7 @@ examples:
   aeheight predict other.yaml --checkpoint runs/demo  a model trained elsewhere
   aeheight calibrate region.yaml --points gnss.csv    a finished map, corrected
   aeheight export region.yaml                         a finished map as GeoTIFFs
+  aeheight view region.yaml                           those, as a map in the browser
   aeheight compare region.yaml runs/other             two reports side by side
 
 exit codes: 0 done; 1 shards failed, or interrupted: run again to go on; 2 bad input
@@ -71,7 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--json", action="store_true", dest="as_json", help="results and progress as JSON"
         )
-        if verb not in ("status", "verify"):
+        if verb == "view":
+            _add_view(command)
+        elif verb not in ("status", "verify"):
             _add_work(command)
         if verb in ("predict", "run"):
             command.add_argument(
@@ -109,6 +113,22 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
         help="whose figures (default: test)",
     )
     command.add_argument("--json", action="store_true", dest="as_json", help="the same as JSON")
+
+
+def _add_view(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--plan", action="store_true", help="print what would be served, and stop")
+    command.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="where to listen (default: 127.0.0.1, for this machine alone)",
+    )
+    command.add_argument(
+        "--port",
+        type=_any_port,
+        default=8000,
+        metavar="N",
+        help="of the page (default: 8000); 0 takes any that is free",
+    )
 
 
 def _add_work(command: argparse.ArgumentParser) -> None:
@@ -159,6 +179,10 @@ def _port(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) < 1 << 16:
         raise argparse.ArgumentTypeError(f"{text!r} is no port: a whole number from 1 to 65535")
     return int(text)
+
+
+def _any_port(text: str) -> int:
+    return 0 if text == "0" else _port(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -219,6 +243,10 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     )
     if arguments.verb == "status":
         return pipeline.status(run, say)
+    if arguments.verb == "view":
+        from aeheight.steps.view import view  # noqa: PLC0415
+
+        return view(run, say, arguments.host, arguments.port, plan=arguments.plan)
     verb, planning = arguments.verb, getattr(arguments, "plan", False)
     steps = [] if verb in ("verify", "calibrate") else pipeline.steps_of(run, verb)
     if steps and planning:

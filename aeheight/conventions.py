@@ -31,6 +31,14 @@ _GEOZARR = [
     },
 ]
 
+_MULTISCALES = {
+    "schema_url": f"{_CONVENTIONS}/multiscales/refs/tags/v1/schema.json",
+    "spec_url": "https://github.com/zarr-conventions/multiscales/blob/v1/README.md",
+    "uuid": "d35379db-88df-4056-af3a-620245f8e347",
+    "name": "multiscales",
+    "description": "Multiscale layout of zarr datasets",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Coordinate:
@@ -60,6 +68,29 @@ def group_attributes(grid: Grid) -> dict[str, Any]:
         "spatial:shape": list(grid.shape),
         "spatial:registration": "pixel",
         **({"zone_bounds_degrees": list(zone.bounds)} if zone else {}),
+    }
+
+
+def pyramid_attributes(levels: Sequence[Grid]) -> dict[str, Any]:
+    """GeoZarr attributes of a group that holds levels of one grid, named `0`, `1`, ...
+
+    Args:
+        levels: grids from fine to coarse, each of pixels twice as wide as the one before.
+    """
+    layout: list[dict[str, Any]] = [
+        {
+            "asset": str(number),
+            **({"derived_from": str(number - 1)} if number else {}),
+            "transform": {"scale": [2.0 if number else 1.0] * 2, "translation": [0.0, 0.0]},
+            "spatial:transform": list(grid.transform)[:6],
+            "spatial:shape": list(grid.shape),
+        }
+        for number, grid in enumerate(levels)
+    ]
+    return {
+        **group_attributes(levels[0]),
+        "zarr_conventions": [_MULTISCALES, *_GEOZARR],
+        "multiscales": {"layout": layout, "resampling_method": "average"},
     }
 
 

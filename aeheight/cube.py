@@ -7,7 +7,6 @@ Every chunk carries a CRC-32C, so that a damaged byte is an error at the next re
 import hashlib
 import json
 import uuid
-import warnings
 import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,16 +18,16 @@ import numpy as np
 import xarray as xr
 import zarr
 from numpy.typing import NDArray
-from zarr.errors import ZarrUserWarning
 
 from aeheight import embeddings
-from aeheight.conventions import Coordinate, coordinates, group_attributes, time_coordinate
+from aeheight.arrays import consolidate, create_coordinates, create_layer, layer_attributes
+from aeheight.conventions import coordinates, group_attributes, time_coordinate
 from aeheight.errors import InputError, NotYetError
 from aeheight.grid import Grid
 from aeheight.settings import differences, fingerprint
-from aeheight.shards import Place, compressors, decode, encode_shard, index_size, places
+from aeheight.shards import Place, decode, encode_shard, index_size, places
 from aeheight.store import Store, plain_errors
-from aeheight.template import Layer, Shard, Template, plain_nodata
+from aeheight.template import Layer, Shard, Template
 from aeheight.windows import Region, whole
 
 FORMAT = 2
@@ -250,22 +249,15 @@ def _create(store: Store, template: Template) -> None:
         group = root.create_group(grid.name, attributes=group_attributes(grid))
         bands = next((layer.bands for layer in template.layers if layer.bands), ())
         timed = any(layer.timed for layer in template.layers)
-        for coordinate in coordinates(grid, template.years if timed else (), bands):
-            _create_coordinate(group, coordinate)
+        create_coordinates(group, coordinates(grid, template.years if timed else (), bands))
         for layer in template.layers:
             _create_layer(group, layer, grid, template)
-    _consolidate(store)
+    consolidate(store)
 
 
 def _root_attributes(template: Template, identity: str) -> dict[str, Any]:
     described = {"format": FORMAT, "identity": identity, "template": template.describe()}
     return {"title": template.title, "aeheight": described}
-
-
-def _consolidate(store: Store) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Consolidated metadata", ZarrUserWarning)
-        zarr.consolidate_metadata(store.zarr())
 
 
 def _grow(store: Store, old: Template, new: Template) -> None:
@@ -333,14 +325,14 @@ def _rewrite_metadata(store: Store, template: Template) -> None:
             if layer.name not in group:
                 _create_layer(group, layer, grid, template)
                 continue
-            group[layer.name].attrs.put(_attributes(layer))
+            group[layer.name].attrs.put(layer_attributes(layer))
             if layer.timed:
                 group[layer.name].resize((len(template.years), *group[layer.name].shape[1:]))
         if any(layer.timed for layer in template.layers):
-            _create_coordinate(group, time_coordinate(template.years), overwrite=True)
+            create_coordinates(group, [time_coordinate(template.years)], overwrite=True)
     identity: Any = root.attrs["aeheight"]
     root.update_attributes(_root_attributes(template, identity["identity"]))
-    _consolidate(store)
+    consolidate(store)
 
 
 def find(store: Store) -> dict[str, Any] | None:
@@ -426,50 +418,7 @@ def _decoded(group: xr.Dataset) -> xr.Dataset:
     return group.assign(embedding=values)
 
 
-def _create_coordinate(
-    group: "zarr.Group", coordinate: Coordinate, *, overwrite: bool = False
-) -> None:
-    values = coordinate.values
-    array = group.create_array(
-        coordinate.name,
-        shape=values.shape,
-        dtype=values.dtype,
-        chunks=values.shape or "auto",
-        dimension_names=[coordinate.name] * values.ndim,
-        attributes=coordinate.attributes,
-        overwrite=overwrite,
-    )
-    array[...] = values
-
-
 def _create_layer(group: "zarr.Group", layer: Layer, grid: Grid, template: Template) -> None:
-    sizes = {
-        "time": len(template.years),
-        "band": len(layer.bands),
-        "y": grid.shape[0],
-        "x": grid.shape[1],
-    }
-    cut = template.cut
-    chunk = sizes | {"time": 1, "y": cut.chunk, "x": cut.chunk}
-    shard = chunk | {"y": cut.shard, "x": cut.shard}
-    group.create_array(
-        layer.name,
-        shape=tuple(sizes[dim] for dim in layer.dims),
-        chunks=tuple(chunk[dim] for dim in layer.dims),
-        shards=tuple(shard[dim] for dim in layer.dims),
-        dtype=layer.dtype,
-        fill_value=np.dtype(layer.dtype).type(layer.nodata),
-        compressors=compressors(layer.dtype),
-        dimension_names=layer.dims,
-        attributes=_attributes(layer),
-    )
-
-
-def _attributes(layer: Layer) -> dict[str, Any]:
-    return {
-        **layer.attributes,
-        "nodata": plain_nodata(layer.nodata),
-        "grid_mapping": "spatial_ref",
-        # Makes xarray carry the CRS along with every single variable.
-        "coordinates": "spatial_ref",
-    }
+    rows, cols = grid.shape
+    sizes = {"time": len(template.years), "band": len(layer.bands), "y": rows, "x": cols}
+    create_layer(group, layer, sizes, template.cut.shard, template.cut.chunk)

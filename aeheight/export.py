@@ -9,6 +9,7 @@ every file is read back.
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ from aeheight.windows import Region, tile
 
 _WINDOW = 1024
 """Edge of the windows that are held at once, pixels."""
-_CACHE = 64
-"""MB of blocks that GDAL keeps."""
+_CACHE = 64_000_000
+"""Bytes of blocks that GDAL keeps."""
 
 Heights = NDArray[np.float32]
 Read = Callable[[Region], Heights]
@@ -117,22 +118,48 @@ def write_cog(
         OSError: the disk is full, or cannot be written.
     """
     plain = path.with_suffix(".plain.tif")
-    windows = list(tile(grid.shape, -(-_WINDOW // settings.block) * settings.block))
-    try:
-        with rasterio.Env(GDAL_CACHEMAX=_CACHE, GDAL_NUM_THREADS="1"):
-            moments, sums = _write_plain(plain, grid, windows, read, about, settings)
+    windows = _windows(grid, settings)
+    with _plain_errors(path):
+        try:
+            moments, sums = _write_plain(plain, grid, windows, read, about, settings, {})
             if moments.valid:
                 rasterio.shutil.copy(plain, path, driver="COG", **_cog_options(settings))
                 _prove(path, windows, sums)
+        finally:
+            plain.unlink(missing_ok=True)
+    return moments
+
+
+def write_geotiff(
+    path: Path, grid: Grid, read: Read, about: About, settings: ExportSettings
+) -> Moments:
+    """Write one band of float32 as a tiled GeoTIFF without overviews; as `write_cog` otherwise."""
+    windows, packed = _windows(grid, settings), {"compress": settings.compress, "predictor": 3}
+    with _plain_errors(path):
+        moments, sums = _write_plain(path, grid, windows, read, about, settings, packed)
+        if moments.valid:
+            _prove(path, windows, sums)
+    if not moments.valid:
+        path.unlink()
+    return moments
+
+
+def _windows(grid: Grid, settings: ExportSettings) -> list[Region]:
+    return list(tile(grid.shape, -(-_WINDOW // settings.block) * settings.block))
+
+
+@contextmanager
+def _plain_errors(path: Path) -> Iterator[None]:
+    """GDAL's errors as Python's; then no file is left."""
+    try:
+        with rasterio.Env(GDAL_CACHEMAX=_CACHE, GDAL_NUM_THREADS="1"):
+            yield
     except (RasterioError, CPLE_BaseError) as error:
         path.unlink(missing_ok=True)
         reason = error.__cause__ or error
         raise OSError(
             f"cannot write {path.name}: {reason}; is the disk of temporary files (TMPDIR) full?"
         ) from error
-    finally:
-        plain.unlink(missing_ok=True)
-    return moments
 
 
 def _prove(path: Path, windows: Sequence[Region], sums: Sequence[int]) -> None:
@@ -174,6 +201,7 @@ def _write_plain(
     read: Read,
     about: About,
     settings: ExportSettings,
+    packed: Mapping[str, Any],
 ) -> tuple[Moments, list[int]]:
     """The file without overviews; its moments, and the CRC-32 of each window."""
     rows, cols = grid.shape
@@ -182,6 +210,7 @@ def _write_plain(
         path, "w", driver="GTiff", count=1, height=rows, width=cols, dtype="float32",
         crs=rasterio.CRS.from_wkt(about.crs.to_wkt()), transform=grid.transform, nodata=np.nan,
         tiled=True, blockxsize=settings.block, blockysize=settings.block, bigtiff="if_safer",
+        **packed,
     ) as target:  # fmt: skip
         for window in windows:
             values = np.ascontiguousarray(read(window), dtype=np.float32)

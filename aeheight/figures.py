@@ -6,7 +6,7 @@ The same values give the same bytes, so that the same report is the same page.
 import base64
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -34,6 +34,7 @@ from aeheight.charts import (
     seam_curves,
     variogram_plot,
 )
+from aeheight.limits import error_limits, novelty_limits, value_limits
 from aeheight.seams import Seams
 
 COLOURS: Final = {
@@ -129,20 +130,16 @@ def draw(
 
 def _map_rows(maps: Sequence[Maps]) -> list[dict[str, str]]:
     """Panels of each group; all share their limits, so that zones compare."""
-    most = _robust(np.abs(panel.difference) for panel in maps)
-    heights = Normalize(*_limits(a for panel in maps for a in (panel.reference, panel.predicted)))
+    heights = Normalize(*value_limits(a for p in maps for a in (p.reference, p.predicted)))
+    errors = Normalize(*error_limits(p.difference for p in maps))
+    doubts = Normalize(*value_limits(p.spread for p in maps if p.spread is not None))
+    strange = Normalize(*novelty_limits(p.novelty for p in maps if p.novelty is not None))
     scales = {
         "reference": ("heights", heights, "reference height [m]"),
         "predicted": ("heights", heights, "predicted height [m]"),
-        "difference": ("difference", Normalize(-most, most), "predicted − reference [m]"),
-        "spread": (
-            "spread",
-            Normalize(*_limits(p.spread for p in maps if p.spread is not None)),
-            "spread [m]",
-        ),
+        "difference": ("difference", errors, "predicted − reference [m]"),
+        "spread": ("spread", doubts, "spread [m]"),
     }
-    low, high = _limits(p.novelty for p in maps if p.novelty is not None)
-    strange = Normalize(min(low, 0.9), max(high, 1.1))  # 1 is always on the scale
     # Many zones must not swell the page, and their labels must stay legible.
     dpi = max(90.0, 200 * min(1.0, math.sqrt(2 / max(len(maps), 1))))
     rows = []
@@ -160,30 +157,6 @@ def _map_rows(maps: Sequence[Maps]) -> list[dict[str, str]]:
             drawn["novelty"] = _png(picture, dpi, COLOURS["novelty"])
         rows.append(drawn)
     return rows
-
-
-def _limits(arrays: Iterable[NDArray[np.float32]]) -> tuple[float, float]:
-    """The 1 % and 99 % quantiles of all values shown."""
-    known = _known(arrays)
-    if known.size == 0:
-        return 0.0, 1.0
-    low, high = np.quantile(known, [0.01, 0.99])
-    return float(low), max(float(high), float(low) + 1e-3)
-
-
-def _known(arrays: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """(n,) the finite values."""
-    return np.concatenate([a[np.isfinite(a)] for a in arrays] or [np.empty(0, np.float32)])
-
-
-def _robust(sizes: Iterable[NDArray[np.float32]]) -> float:
-    """The 98 % quantile, rounded up to two digits."""
-    known = _known(sizes)
-    most = float(np.quantile(known, 0.98)) if known.size else 0.0
-    if most <= 0:
-        return 1.0
-    digit = 10.0 ** (math.floor(math.log10(most)) - 1)
-    return math.ceil(most / digit) * digit
 
 
 def _map_axes(panel: Maps) -> tuple[Figure, Axes, tuple[float, float, float, float]]:

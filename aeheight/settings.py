@@ -203,6 +203,14 @@ class ExportSettings(_Settings):
     """Edge of a COG's internal blocks in pixels."""
     compress: Literal["deflate", "zstd"] = "deflate"
     """Deflate opens everywhere; zstd is quicker, and needs GDAL's of 2018 or later."""
+    reference: bool = True
+    """Also files of the cube's reference, and of the map's difference from it; false where the
+    reference's licence forbids copies."""
+    pyramids: bool = False
+    """Also a Zarr pyramid of every zone, GeoZarr multiscales; once made, it is kept up."""
+    area: Bounds | str | None = None
+    """Bounds in degrees, or a GeoJSON file of polygons: plain GeoTIFFs of this area only, beside
+    whatever was exported."""
     crs: str | None = None
     """Such as `EPSG:3035`: further files, a mosaic of all zones in this CRS, blended where zones
     meet."""

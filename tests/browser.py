@@ -1,25 +1,109 @@
-"""Headless Chromium for the tests, by the DevTools protocol: what a page does, measured."""
+"""A headless Chromium for tests of pages: its DevTools protocol over tornado's websocket client."""
 
 import asyncio
 import base64
+import io
+import json
 import shutil
 import subprocess
 import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohttp
+import numpy as np
+from PIL import Image
+from tornado.websocket import WebSocketClientConnection, websocket_connect
 
 CHROMIUM = next(
-    (
-        found
-        for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-        if (found := shutil.which(name))
-    ),
-    None,
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-"""Path of a browser, or None."""
+"""Where the browser is; None: there is none."""
+_PATIENCE = 30
+"""Seconds that the browser is waited for."""
+
+
+class Page:
+    """One tab."""
+
+    def __init__(self, runner: asyncio.Runner, socket: WebSocketClientConnection) -> None:
+        self._runner, self._socket, self._number = runner, socket, 0
+        self.complaints: list[str] = []
+        """Errors and warnings that the console showed, and requests that failed."""
+        self.requests: list[str] = []
+        """Addresses asked for; data URIs are left out."""
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self(f"{domain}.enable")
+
+    def __call__(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Ask the browser something; events that come before the answer are looked through."""
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": parameters}
+        return self._runner.run(self._ask(json.dumps(message), self._number))
+
+    async def _ask(self, message: str, number: int) -> dict[str, Any]:
+        await self._socket.write_message(message)
+        while True:
+            told = await asyncio.wait_for(self._socket.read_message(), _PATIENCE)
+            assert isinstance(told, str), "the browser has gone"
+            found = json.loads(told)
+            if found.get("id") == number:
+                assert "error" not in found, found["error"]
+                return found["result"]
+            self._listen(found.get("method", ""), found.get("params", {}))
+
+    def _listen(self, method: str, told: dict[str, Any]) -> None:
+        loud = told.get("type") in ("error", "warning", "assert")
+        if method == "Runtime.exceptionThrown" or (method == "Runtime.consoleAPICalled" and loud):
+            self.complaints.append(json.dumps(told))
+        if method == "Log.entryAdded" and told["entry"]["level"] in ("error", "warning"):
+            self.complaints.append(told["entry"]["text"] + " " + told["entry"].get("url", ""))
+        if method == "Network.requestWillBeSent" and not told["request"]["url"].startswith("data:"):
+            self.requests.append(told["request"]["url"])
+        if method == "Network.loadingFailed" and not told.get("canceled"):
+            self.complaints.append(told["errorText"])
+
+    def evaluate(self, script: str) -> Any:
+        """The value of an expression in the page; a promise is awaited."""
+        found = self("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in found, found["exceptionDetails"]
+        return found["result"].get("value")
+
+    def until(self, script: str) -> None:
+        """Wait until an expression is true."""
+        end = time.monotonic() + _PATIENCE
+        while not self.evaluate(script):
+            assert time.monotonic() < end, f"never true: {script}"
+            time.sleep(0.03)
+
+    def resize(self, width: int, height: int, *, phone: bool = False) -> None:
+        """The size of the window."""
+        self("Emulation.setDeviceMetricsOverride", width=width, height=height,
+             deviceScaleFactor=1, mobile=phone)  # fmt: skip
+        self("Emulation.setTouchEmulationEnabled", enabled=phone)
+
+    def open(self, address: str) -> None:
+        """Go to a page; it need not be ready."""
+        self("Page.navigate", url="about:blank")
+        self("Page.navigate", url=address)
+
+    def mouse(self, kind: str, x: float, y: float) -> None:
+        """`mouseMoved`, `mousePressed` or `mouseReleased`, at a place of the window."""
+        held = {"button": "left", "buttons": 1, "clickCount": 1}
+        self("Input.dispatchMouseEvent", type=kind, x=x, y=y, **held)
+
+    def tap(self, x: float, y: float) -> None:
+        """A finger."""
+        self("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        self("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def picture(self) -> np.ndarray:
+        """What is seen: (rows, columns, 3)."""
+        data = base64.b64decode(self("Page.captureScreenshot")["data"])
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
 
 
 @dataclass(frozen=True)
@@ -27,9 +111,9 @@ class Seen:
     """What one visit to a page showed."""
 
     errors: list[str]
-    """Of the console, the log and of scripts."""
+    """As `Page.complaints`."""
     requests: list[str]
-    """Addresses asked for, the page's own first; data URIs left out."""
+    """As `Page.requests`; the page's own is the first."""
     told: dict[str, Any]
     """What each expression gave."""
     shot: bytes
@@ -50,90 +134,55 @@ def visit(
         dark: whether the reader prefers dark pages.
         ask: JavaScript expressions by name.
     """
-    address = page if isinstance(page, str) else page.absolute().as_uri()
+    with browser(folder) as tab:
+        tab.resize(width, 900, phone=width < 600)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        tab("Emulation.setEmulatedMedia", features=[scheme])
+        address = page if isinstance(page, str) else page.absolute().as_uri()
+        tab("Page.navigate", url=address)
+        tab.until(f"location.href == {json.dumps(address)} && document.readyState == 'complete'")
+        told = {name: tab.evaluate(expression) for name, expression in ask.items()}
+        shot = tab("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+        pdf = tab("Page.printToPDF", preferCSSPageSize=True, printBackground=True)["data"]
+        return Seen(
+            tab.complaints, tab.requests, told, base64.b64decode(shot), base64.b64decode(pdf)
+        )
+
+
+@contextmanager
+def browser(folder: Path) -> Iterator[Page]:
+    """A tab of a browser that knows no network beyond this machine; its profile in a folder."""
+    assert CHROMIUM
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--mute-audio")
+    apart = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
     process = subprocess.Popen(
-        [
-            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-            "--no-first-run", "--disable-background-networking", "--disable-component-update",
-            "--remote-debugging-port=0", f"--user-data-dir={folder}", "about:blank",
-        ],
+        [CHROMIUM, *options, apart, "--remote-debugging-port=0", f"--user-data-dir={folder}",
+         "about:blank"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        port = _port(folder / "DevToolsActivePort", process)
-        return asyncio.run(_visit(port, address, width, dark, ask))
+        with asyncio.Runner() as runner:
+            address = _first_tab(folder / "DevToolsActivePort")
+            socket = runner.run(_connect(address))
+            yield Page(runner, socket)
+            socket.close()
     finally:
-        process.kill()
-        process.wait()
+        process.terminate()
+        process.wait(_PATIENCE)
 
 
-def _port(told: Path, process: subprocess.Popen[bytes]) -> int:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        if told.exists() and "\n" in (text := told.read_text()):
-            return int(text.split()[0])
+async def _connect(address: str) -> WebSocketClientConnection:
+    return await websocket_connect(address, max_message_size=1 << 26)
+
+
+def _first_tab(contact: Path) -> str:
+    end = time.monotonic() + _PATIENCE
+    while time.monotonic() < end:
+        with suppress(OSError, IndexError, StopIteration):
+            port = contact.read_text().split()[0]
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list") as answer:
+                tabs = json.load(answer)
+            return next(t["webSocketDebuggerUrl"] for t in tabs if t["type"] == "page")
         time.sleep(0.05)
-    raise TimeoutError("Chromium did not come up")
-
-
-async def _visit(port: int, address: str, width: int, dark: bool, ask: dict[str, str]) -> Seen:
-    async with aiohttp.ClientSession() as session:
-        async with session.get(f"http://127.0.0.1:{port}/json") as answer:
-            targets = await answer.json()
-        target = next(found for found in targets if found["type"] == "page")
-        async with session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-            return await _look(_Tab(socket), address, width, dark, ask)
-
-
-class _Tab:
-    """One tab: commands and their answers; what else arrives is kept in `events`."""
-
-    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
-        self.socket, self.last, self.events = socket, 0, list[dict[str, Any]]()
-
-    async def __call__(self, method: str, **parameters: Any) -> dict[str, Any]:
-        self.last += 1
-        await self.socket.send_json({"id": self.last, "method": method, "params": parameters})
-        while True:
-            answer = await self.socket.receive_json(timeout=60)
-            if answer.get("id") == self.last:
-                if "error" in answer:
-                    raise RuntimeError(f"{method}: {answer['error']}")
-                return dict(answer["result"])
-            self.events.append(answer)
-
-    async def until(self, method: str) -> None:
-        while all(event["method"] != method for event in self.events):
-            self.events.append(await self.socket.receive_json(timeout=60))
-
-    def of(self, method: str) -> list[dict[str, Any]]:
-        return [event["params"] for event in self.events if event["method"] == method]
-
-
-async def _look(tab: _Tab, address: str, width: int, dark: bool, ask: dict[str, str]) -> Seen:
-    for domain in ("Page", "Runtime", "Log", "Network"):
-        await tab(f"{domain}.enable")
-    screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-    await tab("Emulation.setDeviceMetricsOverride", **screen)
-    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-    await tab("Emulation.setEmulatedMedia", features=[scheme])
-    await tab("Page.navigate", url=address)
-    await tab.until("Page.loadEventFired")
-    told = {}
-    for name, expression in ask.items():
-        answer = await tab("Runtime.evaluate", expression=expression, returnByValue=True)
-        told[name] = answer["result"].get("value")
-    shot = await tab("Page.captureScreenshot", captureBeyondViewport=True)
-    pdf = await tab("Page.printToPDF", preferCSSPageSize=True, printBackground=True)
-    complaints = [str(event["exceptionDetails"]) for event in tab.of("Runtime.exceptionThrown")]
-    complaints += [str(event["entry"]["text"]) for event in tab.of("Log.entryAdded")]
-    complaints += [str(event["args"]) for event in tab.of("Runtime.consoleAPICalled")]
-    asked = [event["request"]["url"] for event in tab.of("Network.requestWillBeSent")]
-    return Seen(
-        complaints,
-        [url for url in asked if not url.startswith("data:")],
-        told,
-        base64.b64decode(shot["data"]),
-        base64.b64decode(pdf["data"]),
-    )
+    raise TimeoutError("the browser did not come up")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pyproj import Transformer
 
-from aeheight.cube import create, open_tree
+from aeheight.cube import Tree, create, open_tree
 from aeheight.grid import Grid
 from aeheight.receipts import Ledger, receipt_for
 from aeheight.settings import CubeSettings
@@ -82,8 +82,13 @@ def degrees(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
     return lon.ravel(), lat.ravel()
 
 
-def make_map(folder: Path, grids=(GRID,), bias=lacking, shard=64, name="made") -> Map:
-    """A map with novelty and spread beside its heights, and a lake without any of them."""
+def make_map(
+    folder: Path, grids=(GRID,), bias=lacking, shard=64, name="made", reference=False
+) -> Map:
+    """A map with novelty and spread beside its heights, and a lake without any of them.
+
+    With `reference`, there is a cube beside it: the truth, but for the row of shards in the north.
+    """
     cut = CubeSettings(shard=shard, chunk=32)
     about = {"units": "m", "surface": "dsm", "vertical_datum": "EPSG:5773"}
     layers = (
@@ -95,7 +100,9 @@ def make_map(folder: Path, grids=(GRID,), bias=lacking, shard=64, name="made") -
     base = {"embeddings": {"href": "none.tif", "year": [2021, 2022]}}
     region = Regions(folder, base).write(name)
     tree = create(Store.at(region.heights), template)
-    ledger = Ledger(Store.at(region.store / "heights.receipts")).begin({"heights": tree.identity})
+    cube = make_reference(region, grids, shard) if reference else None
+    settings = {"heights": tree.identity} | ({"cube": cube.identity} if cube else {})
+    ledger = Ledger(Store.at(region.store / "heights.receipts")).begin(settings)
     ledger.store.write("model.ckpt", checkpoint_of().to_bytes())
     truth, rng = {}, np.random.default_rng(0)
     for grid in grids:
@@ -118,6 +125,25 @@ def make_map(folder: Path, grids=(GRID,), bias=lacking, shard=64, name="made") -
             receipt = receipt_for(shard_, values, digest, ~np.isnan(values), ledger.key, 0.0)
             ledger.leave(replace(receipt, further=further))
     return Map(region, truth)
+
+
+def make_reference(region: Region, grids: tuple[Grid, ...], shard: int) -> Tree:
+    """A cube of true heights; none in the northernmost shards."""
+    about = {
+        "long_name": "reference height of the terrain", "units": "m", "surface": "dtm",
+        "vertical_datum": "EPSG:5703", "epoch": "2019", "attribution": "The Survey",
+    }  # fmt: skip
+    layers = (Layer("height", "float32", np.nan, attributes=about),)
+    template = Template(tuple(grids), layers, (2021, 2022), CubeSettings(shard=shard, chunk=32), "")
+    tree = create(Store.at(region.cube), template)
+    ledger = Ledger(Store.at(region.store / "cube.receipts")).begin({"cube": tree.identity})
+    truth = {grid.name: land(*degrees(grid)).reshape(grid.shape) for grid in grids}
+    for each in template.shards("height"):
+        values = truth[each.group][each.region.slices].astype(np.float32)
+        values[:] = np.nan if each.region.row == 0 else values
+        digest = tree.write(each, values)
+        ledger.leave(receipt_for(each, values, digest, ~np.isnan(values), ledger.key, 0.0))
+    return tree
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from rio_cogeo.cogeo import cog_validate
 
 from aeheight.cube import open_tree
 from aeheight.receipts import Ledger, receipt_for
-from aeheight.steps.export import picture_cut
+from aeheight.steps.tiles import picture_cut
 from aeheight.store import Store
 from aeheight.windows import tile, whole
 from tests.runs import Region, arrays, flip, one_message, run_here, snapshot

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from math import ceil, floor
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from rasterio.warp import transform_geom
 from aeheight.errors import InputError
 from aeheight.grid import Grid, Zone, utm_zone
 from aeheight.settings import Bounds, RegionSettings
+from aeheight.windows import Region, whole
 
 _FAR, _POLE = 12.0, 84.5
 """Degrees from a zone's meridian, and of latitude, in which its coordinates are asked for."""
+_RIM = 1e-6
+"""Pixels: bounds that reach into one by less do not ask for it."""
 _STEP = 0.05
 """Degrees between the corners of an outline before it is moved to another CRS: there its straight
 lines are bent."""
@@ -94,21 +98,28 @@ def read_aoi(settings: RegionSettings) -> list[Any] | None:
     Raises:
         InputError: bounds that are no area in degrees; see also `read_shapes`.
     """
-    if settings.aoi is None:
-        return None
-    if isinstance(settings.aoi, str):
-        return read_shapes(settings, settings.aoi, "aoi")
-    west, south, east, north = settings.aoi
+    return None if settings.aoi is None else shapes_of(settings, settings.aoi, "aoi")
+
+
+def shapes_of(settings: RegionSettings, wanted: Bounds | str, key: str) -> list[Any]:
+    """The polygons in degrees of bounds in degrees, or of a GeoJSON file.
+
+    Raises:
+        InputError: bounds that are no area in degrees; see also `read_shapes`.
+    """
+    if isinstance(wanted, str):
+        return read_shapes(settings, wanted, key)
+    west, south, east, north = wanted
     if not (-180 <= west <= 180 and -180 <= east <= 180 and -90 <= south < north <= 90) or (
         west == east
     ):
         raise InputError(
-            f"aoi {list(settings.aoi)} is no area in degrees; give [west, south, east, north] "
+            f"{key} {list(wanted)} is no area in degrees; give [west, south, east, north] "
             "(west above east: across the 180th meridian)"
         )
     if west > east and east + 360 - west > 180:
         raise InputError(
-            f"aoi {list(settings.aoi)}: west above east means across the 180th meridian, and that "
+            f"{key} {list(wanted)}: west above east means across the 180th meridian, and that "
             f"is {east + 360 - west:g} degrees wide; give [west, south, east, north]"
         )
     boxes = [(west, east)] if west < east else [(west, 180.0), (-180.0, east)]
@@ -124,6 +135,33 @@ def _rectangle(bounds: Bounds) -> dict[str, Any]:
 def boxes(shapes: Sequence[Any]) -> list[Bounds]:
     """The bounds of every polygon."""
     return [geometry_bounds(shape) for shape in shapes]
+
+
+def pixels_of(shapes: Sequence[Any], grid: Grid, key: str) -> Region | None:
+    """The smallest region of a grid that holds all of its ground in some polygons; None: none.
+
+    Args:
+        shapes: GeoJSON polygons in degrees.
+        grid: of the pixels.
+        key: the setting that named them, for the error.
+    """
+    found = np.array(boxes(_moved(shapes, grid.crs, key)))
+    if not np.isfinite(found).all():
+        return None
+    top, left = grid.offset(float(found[:, 0].min()), float(found[:, 3].max()))
+    bottom, right = grid.offset(float(found[:, 2].max()), float(found[:, 1].min()))
+    row, col = floor(top + _RIM), floor(left + _RIM)
+    height, width = ceil(bottom - _RIM) - row, ceil(right - _RIM) - col
+    if height < 1 or width < 1:
+        return None
+    return Region(row, col, height, width).intersect(whole(grid.shape))
+
+
+def outside(shapes: Sequence[Any], grid: Grid, key: str) -> NDArray[np.bool_]:
+    """(rows, columns) whether a pixel's centre lies in none of some polygons in degrees."""
+    moved = _moved(shapes, grid.crs, key)
+    mask: NDArray[np.bool_] = geometry_mask(moved, grid.shape, grid.transform)
+    return mask
 
 
 def clipped(bounds: Bounds, west: float, east: float) -> Bounds | None:

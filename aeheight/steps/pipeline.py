@@ -95,7 +95,8 @@ def execute(run: Run, steps: Sequence[str], say: Say) -> int:
             if outcome.failed:
                 return 1
     if "export" in steps:
-        catalogue = f"{run.store.uri}/export/collection.json"
+        small = run.settings.export.area is not None
+        catalogue = f"{run.store.uri}/export/{'area' if small else 'collection.json'}"
         say({"export": catalogue}, [f"files     {catalogue}"])
     if "evaluate" in steps:
         page = f"{run.report.uri}/index.html"
@@ -306,8 +307,8 @@ def _repair(
     with run.held():
         for label, ledger in ledgers:
             ledger.forget(damaged.get(label, set()))
-        if "export" in damaged:
-            _step("export").forget(run, sorted(damaged["export"]))
+        for label in damaged.keys() & {"export", "area"}:
+            _step("export").forget(run, sorted(damaged[label]), label)
         if "split" in damaged:
             _step("split").record_split(run)
     code = execute(run, [step for step in STEPS if step in damaged], say)
@@ -315,6 +316,11 @@ def _repair(
         code = _repair_calibrated(run, say)
     if not code and "export" in damaged:
         code = execute(_step("export").as_made(run), ["export"], say)
+    if not code and "area" in damaged:
+        if run.settings.export.area is not None:
+            return execute(run, ["export"], say)
+        say({"area": None}, ["area      removed; run aeheight export with its export.area again"])
+        return 1
     return code
 
 
@@ -355,9 +361,7 @@ def _checks(
     for label, tree, ledger, _ in ledgers:
         current = ledger.current()
         yield label, current, Inspect(tree.store.uri, current.store.uri, current.key)
-    exported = run.ledger("export")
-    if exported.settings() is not None:
-        yield "export", exported.current(), _step("export").check(run)
+    yield from _step("export").checks(run)
 
 
 def _inspect(run: Run, label: str, ledger: Ledger, task: Task) -> tuple[int, dict[str, str]]:

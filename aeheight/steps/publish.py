@@ -15,9 +15,11 @@ from aeheight.grid import reproject_bounds
 from aeheight.hillshade import coloured_png, shaded_png
 from aeheight.models import Checkpoint
 from aeheight.receipts import Ledger
-from aeheight.steps.export import FOLDER, Export, key_of, mosaic_name, picture_cut, picture_key
+from aeheight.steps.export import FOLDER
 from aeheight.steps.predict import MODEL as CHECKPOINT
+from aeheight.steps.pyramids import PYRAMIDS, in_pyramids
 from aeheight.steps.run import Run
+from aeheight.steps.tiles import Export, key_of, picture_cut, picture_key
 from aeheight.template import Shard
 from aeheight.windows import whole
 
@@ -31,25 +33,27 @@ def publish(run: Run, task: Export, tree: Tree, ledger: Ledger) -> None:
         tree: the map.
         ledger: of the tiles.
     """
-    receipts = ledger.receipts(sorted(ledger.done()))
+    receipts = ledger.receipts(sorted(n for n in ledger.done() if not in_pyramids(n)))
     shards = [Shard.parse(receipt.shard) for receipt in receipts if receipt.valid]
     place = run.store.child(FOLDER)
-    pictures: dict[str, str] = {}
+    beside: dict[str, str] = {}
     known = {grid.name for grid in tree.template.grids}
     if task.mosaic:
-        known.add(mosaic_name(task.mosaic))
+        known.add(task.mosaic.name)
     for group, year in sorted({(s.group, s.year or 0) for s in shards if s.group in known}):
         members = [s for s in shards if (s.group, s.year) == (group, year)]
         for name, title, data in _pictures(task, ledger, members):
             key = f"{group}/{year}/{name}.png"
             place.write(key, data)
-            pictures[f"./{key}"] = f"{title}, {group}, {year}"
+            beside[f"./{key}"] = f"{title}, {group}, {year}"
+    if place.exists(f"{PYRAMIDS}/zarr.json"):
+        beside[f"./{PYRAMIDS}"] = "All zones at halves of their resolution, as GeoZarr multiscales"
     place.write(MODEL, _model(run, task))
     grids = tree.template.grids
     boxes = [reproject_bounds(grid.bounds, grid.crs, "EPSG:4326") for grid in grids]
     items = [f"./{key_of(shard, 'item')}" for shard in shards] + [f"./{MODEL}"]
     note = run.settings.note
-    found = collection(task.origin, note, boxes, tree.template.years, items, pictures)
+    found = collection(task.origin, note, boxes, tree.template.years, items, beside)
     place.write(COLLECTION, found)
 
 

@@ -1,0 +1,554 @@
+"""The command `view`: tiles and values against known answers, the server, and the page itself."""
+
+import asyncio
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import rasterio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pyproj import Transformer
+
+from aeheight import tiling, viewer
+from aeheight.errors import InputError, NotYetError
+from aeheight.exported import Tile, read_export
+from aeheight.grid import Grid
+from aeheight.limits import robust, value_limits
+from aeheight.steps import view as step
+from aeheight.store import Store
+from tests.browser import CHROMIUM, Page, browser
+from tests.exports import degrees, make_export
+from tests.runs import Regions, one_message, run_here
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use `@` matmul")
+"""Rasterio's own."""
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium to look with")
+
+EARTH = 2 * np.pi * 6378137
+ZOOM, X, Y = 12, 655, 1583
+SIZE = EARTH / 2**ZOOM
+"""Edge of a tile of that level, metres of Web Mercator."""
+SQUARE = Grid("EPSG:3857", SIZE / 512, X * SIZE - EARTH / 2, EARTH / 2 - Y * SIZE, (512, 512))
+"""The very pixels of one tile."""
+WEST = Grid("EPSG:32610", 100.0, 750000.0, 4290000.0, (300, 250))
+EAST = Grid("EPSG:32611", 100.0, 230000.0, 4290000.0, (300, 250))
+"""Two zones that meet, and overlap, at 120° west."""
+
+
+def slope(lon, lat):
+    """Heights of the two zones: 0 to about 300 m from west to east; a lake has none."""
+    values = (lon + 120.35) * 400 + 0 * lat
+    lake = np.hypot((lon + 120.2) * 0.78, lat - 38.65) < 0.01
+    return np.where(lake, np.nan, values)
+
+
+LAYERS = {
+    "height": lambda lon, lat: slope(lon, lat) + 5,
+    "novelty": lambda lon, lat: 0 * lon + 0.5,
+    "reference": slope,
+    "ripples": lambda lon, lat: np.sin(lon * 500),
+    "difference": lambda lon, lat: 0 * slope(lon, lat) + 5 + 0 * lat,
+    "spread": lambda lon, lat: 0 * lon + 3,
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    """Two zones and two years; tests must leave it as it is."""
+    place = tmp_path_factory.mktemp("view")
+    make_export(place, (WEST, EAST), LAYERS, (2021, 2023))
+    return place
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server in a thread."""
+
+    address: str
+
+    def get(self, path: str) -> tuple[int, bytes, dict[str, str]]:
+        try:
+            with urllib.request.urlopen(self.address + path) as answer:
+                return answer.status, answer.read(), dict(answer.headers)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read(), dict(error.headers)
+
+    def json(self, path: str) -> Any:
+        code, data, _ = self.get(path)
+        assert code == 200, data
+        return json.loads(data)
+
+    def tile(self, path: str) -> np.ndarray:
+        """(rows, columns, 4) red, green, blue, alpha."""
+        code, data, _ = self.get(f"tiles/{path}.png")
+        assert code == 200, data
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGBA")).astype(int)
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Served]:
+    """What `aeheight view` serves, on a free port."""
+    place, told, ready = Store.at(folder), [], threading.Event()
+    loop = asyncio.new_event_loop()
+
+    def come(address: str) -> None:
+        told.append(address)
+        ready.set()
+
+    async def work() -> None:
+        await viewer.serve(place, viewer.Shown.of(place), "127.0.0.1", 0, come)
+
+    task = loop.create_task(work())
+    thread = threading.Thread(target=lambda: loop.run_until_complete(asyncio.wait([task])))
+    thread.start()
+    try:
+        assert ready.wait(30)
+        yield Served(told[0])
+    finally:
+        loop.call_soon_threadsafe(task.cancel)
+        thread.join()
+        loop.close()
+
+
+@pytest.fixture(scope="module")
+def served(store) -> Iterator[Served]:
+    with serving(store / "export") as found:
+        yield found
+
+
+def tile_of(lon: float, lat: float, zoom: int) -> tuple[int, int, int]:
+    """Zoom, column and row of the tile at a place."""
+    north = np.arcsinh(np.tan(np.radians(lat))) / np.pi
+    return zoom, int((lon + 180) / 360 * 2**zoom), int((1 - north) / 2 * 2**zoom)
+
+
+JOIN = tile_of(-120.02, 38.66, 10)
+"""A tile that both zones share."""
+AT = "/".join(map(str, JOIN))
+
+
+def colours(values: np.ndarray, name: str, low: float, high: float) -> np.ndarray:
+    """As matplotlib paints them: (..., 3)."""
+    return mpl.colormaps[name](np.clip((values - low) / (high - low), 0, 1), bytes=True)[..., :3]
+
+
+# The catalogue.
+
+
+def test_layers_in_the_order_to_look_at(store):
+    found = read_export(Store.at(store / "export"))
+    names = [layer.name for layer in found.layers]
+    assert names == ["reference", "height", "difference", "spread", "novelty", "ripples"]
+    assert found.years == (2021, 2023)
+    assert found.vertical_datum == "EGM96 height (EPSG:5773)"
+    assert "Surveyed by nobody <b>" in found.attribution
+    lon, lat = (
+        np.concatenate([a.ravel() for a in axis])
+        for axis in zip(*map(degrees, (WEST, EAST)), strict=True)
+    )
+    west, south, east, north = found.bounds
+    assert west < lon.min() < west + 0.01
+    assert south < lat.min() < south + 0.01
+    assert east - 0.01 < lon.max() < east
+    assert north - 0.01 < lat.max() < north
+
+
+@given(st.floats(-180, 180), st.floats(0.01, 170), st.floats(-180, 179), st.floats(0.01, 170))
+def test_a_tile_touches_what_it_shares_a_meridian_with(west, width, left, wide):
+    east = west + width - 360 * (west + width > 180)
+    tile = Tile(Path("a.tif"), (west, 10.0, east, 20.0))
+    right = min(left + wide, 180.0)
+    meridians = np.linspace(west, west + width, 4001)
+    inside = any(
+        ((m + 180) % 360 - 180 >= left) & ((m + 180) % 360 - 180 <= right) for m in meridians
+    )
+    assert not inside or tile.touches((left, 12.0, right, 13.0))
+    assert not tile.touches((left, 21.0, right, 22.0))
+
+
+def test_ground_across_the_180th_meridian_is_one_piece(tmp_path):
+    grid = Grid("EPSG:32601", 100.0, 250000.0, 5600000.0, (60, 500))
+    make_export(tmp_path, [grid], {"height": lambda lon, lat: (lon % 360) * 100})
+    found = read_export(Store.at(tmp_path / "export"))
+    west, _, east, _ = found.bounds
+    assert 179 < west < 180 < east < 181
+    with serving(tmp_path / "export") as there:
+        # On both sides: columns 127 and 0 of level 7, row 43.
+        halves = [there.tile(f"height/2021/7/{x}/43") for x in (127, 0)]
+    assert all((half[..., 3] > 0).any() for half in halves)
+
+
+# Tiles.
+
+
+def test_a_tile_has_the_colours_of_its_pixels(tmp_path):
+    values = np.linspace(-20, 120, 512 * 512).reshape(512, 512).astype(np.float32)
+    values[100:200, 300:400] = np.nan
+    make_export(tmp_path, [SQUARE], {"height": lambda lon, lat: values})
+    path = tmp_path / "export" / SQUARE.name / "2021" / "height.tif"
+    data = tiling.tile_png([path], X, Y, ZOOM, 512, "viridis", (0.0, 100.0))
+    found = np.asarray(Image.open(io.BytesIO(data)).convert("RGBA")).astype(int)
+    known = np.isfinite(values)
+    np.testing.assert_array_equal(found[..., 3], 255 * known)
+    expected = colours(values, "viridis", 0, 100).astype(int)
+    assert np.abs(found[..., :3] - expected)[known].max() <= 4  # a step of 255 beside one of 256
+
+
+def test_two_zones_join_without_a_gap(served):
+    zoom, x, y = JOIN
+    west, south, east, north = tiling.tile_bounds(x, y, zoom)
+    assert west < -120.1 < -119.9 < east
+    found = served.tile(f"height/2021/{AT}")
+    side = (np.arange(512) + 0.5) / 512
+    lon = west + side * (east - west)
+    top, bottom = (np.log(np.tan(np.pi / 4 + np.radians(v) / 2)) for v in (north, south))
+    lat = np.degrees(2 * np.arctan(np.exp(top + side * (bottom - top))) - np.pi / 2)
+    lon, lat = np.meshgrid(lon, lat)
+    inside = np.zeros(lon.shape, bool)
+    for grid in (WEST, EAST):
+        px, py = Transformer.from_crs(4326, grid.crs, always_xy=True).transform(lon, lat)
+        left, low, right, high = grid.bounds
+        inside |= (left + 300 < px) & (px < right - 300) & (low + 300 < py) & (py < high - 300)
+    expected = slope(lon, lat) + 5
+    near_lake = np.hypot((lon + 120.2) * 0.78, lat - 38.65) < 0.013
+    sure = inside & ~near_lake
+    assert sure.mean() > 0.3
+    assert (found[sure][:, 3] == 255).all()
+    limits = {layer["name"]: layer["limits"] for layer in served.json("layers.json")["layers"]}
+    low, high = limits["height"]
+    wrong = np.abs(found[..., :3] - colours(expected, "viridis", low, high).astype(int)).max(-1)
+    assert wrong[sure].max() <= 8  # a pixel of 100 m is half a metre of height
+    assert (found[~np.isfinite(expected)][:, 3] == 0).mean() > 0.9
+
+
+def test_a_year_is_another_picture(served):
+    now, later = (served.tile(f"novelty/{year}/{AT}") for year in (2021, 2023))
+    assert (now[..., 3] == later[..., 3]).all()
+    assert (now != later).any()
+
+
+def test_a_tile_beside_the_map_is_transparent(served):
+    assert not served.tile("height/2021/10/0/0")[..., 3].any()
+
+
+# Values.
+
+
+@settings(max_examples=30, deadline=None)
+@given(row=st.integers(0, WEST.shape[0] - 1), col=st.integers(0, 180), part=st.floats(0.05, 0.95))
+def test_values_are_those_of_rasterio(served, store, row, col, part):
+    x, y = WEST.left + (col + part) * 100, WEST.top - (row + part) * 100
+    lon, lat = Transformer.from_crs(WEST.crs, 4326, always_xy=True).transform(x, y)
+    values = served.json(f"values/2023?lon={lon!r}&lat={lat!r}")["values"]
+    for name, value in values.items():
+        with rasterio.open(store / "export" / WEST.name / "2023" / f"{name}.tif") as source:
+            expected = float(next(source.sample([(x, y)]))[0])
+        assert value == (None if np.isnan(expected) else expected)
+
+
+def test_no_value_beside_the_map(served):
+    assert set(served.json("values/2021?lon=10&lat=10")["values"].values()) == {None}
+
+
+# Limits.
+
+
+def test_limits_are_common_and_from_overviews(served):
+    limits = {layer["name"]: layer["limits"] for layer in served.json("layers.json")["layers"]}
+    assert limits["reference"] == limits["height"]
+    known = [slope(*degrees(grid)) + more for grid in (WEST, EAST) for more in (0, 2, 5, 7)]
+    low, high = np.nanquantile(np.concatenate([a.ravel() for a in known]), [0.01, 0.99])
+    assert limits["height"] == pytest.approx([low, high], abs=2)
+    assert limits["difference"] == [-7, 7]
+    assert limits["spread"] == [0, 5]
+    assert limits["novelty"] == [0, 2.5]
+    assert limits["ripples"][0] < 0 < limits["ripples"][1]
+
+
+def test_limits_of_nothing_are_a_scale_all_the_same():
+    assert value_limits([np.full((2, 2), np.nan, np.float32)]) == (0, 1)
+    assert robust([]) == 1
+    low, high = value_limits([np.zeros((2, 2), np.float32)])
+    assert low < high
+
+
+def test_the_scale_is_shown_in_the_colours_of_the_tiles(served):
+    for layer in served.json("layers.json")["layers"]:
+        assert len(layer["colours"]) == 32
+    first = served.json("layers.json")["layers"][0]["colours"]
+    told = np.array([mpl.colors.to_rgb(colour) for colour in first])
+    expected = mpl.colormaps["viridis"](np.linspace(0, 1, 32))[:, :3]
+    assert np.abs(told - expected).max() < 4 / 255
+
+
+# The server.
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "tiles/height/2021/10/1024/393.png",
+        "tiles/height/2021/10/169/1024.png",
+        "tiles/height/2021/23/0/0.png",
+        "tiles/height/2021/99/0/0.png",
+        "tiles/height/2020/10/169/393.png",
+        "tiles/nothing/2021/10/169/393.png",
+        "tiles/height/2021/10/-1/393.png",
+        "tiles/..%2f..%2fheight/2021/10/169/393.png",
+        "values/1999?lon=0&lat=0",
+        "view.css%00",
+        "..%2f..%2fpyproject.toml",
+        "../cli.py",
+        "leaflet/..%2f__init__.py",
+        "leaflet/%2e%2e/__init__.py",
+        "leaflet/%2fetc%2fpasswd",
+        "collection.json",
+        "leaflet/",
+    ],
+)
+def test_what_is_not_there_is_not_found(served, path):
+    assert served.get(path)[0] in (403, 404), path
+
+
+@pytest.mark.parametrize("query", ["", "lon=1", "lon=x&lat=1", "lon=nan&lat=0", "lon=0&lat=91"])
+def test_places_that_are_none(served, query):
+    assert served.get(f"values/2021?{query}")[0] == 400
+
+
+def test_answers_are_asked_for_again_and_stay_within_the_page(served):
+    for path in ("", "view.js", "layers.json", f"tiles/height/2021/{AT}.png"):
+        code, _, headers = served.get(path)
+        assert code == 200
+        assert headers["Cache-Control"] == "no-cache"
+        assert "default-src 'none'" in headers["Content-Security-Policy"]
+
+
+def test_an_export_made_anew_is_shown(store, tmp_path):
+    make_export(tmp_path, [WEST], LAYERS)
+    with serving(tmp_path / "export") as there:
+        before = there.json("layers.json")
+        (tmp_path / "export" / "collection.json").unlink()  # as `aeheight export` begins
+        assert there.json("layers.json") == before
+        (tmp_path / "export" / WEST.name / "2021" / "spread.tif").unlink()
+        assert there.get(f"tiles/spread/2021/{AT}.png")[0] == 404
+        make_export(tmp_path, [WEST], {"height": lambda lon, lat: slope(lon, lat) + 1000})
+        after = there.json("layers.json")
+        assert after["stamp"] != before["stamp"]
+        assert [layer["name"] for layer in after["layers"]] == ["height"]
+        assert after["layers"][0]["limits"][0] > 900
+        (tmp_path / "export" / "collection.json").write_text("{}")
+        assert there.get("layers.json")[0] == 503
+
+
+# The command.
+
+
+@pytest.fixture
+def region(store, tmp_path):
+    made = Regions(tmp_path, {"embeddings": {"href": "none.tif", "year": 2021}}).write("view")
+    shutil.copytree(store, made.store, copy_function=os.link)
+    return made
+
+
+def test_the_plan(region):
+    result = run_here("view", region.path, "--plan", "--port", "8123")
+    assert result.code == 0, result.err
+    assert "http://127.0.0.1:8123/" in result.out
+    assert "difference  4 files, colours -7 to 7 m" in result.out
+    told = json.loads(run_here("view", region.path, "--plan", "--json").out)
+    assert told["layers"]["height"]["files"] == 4
+    assert told["years"] == [2021, 2023]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_it_serves_until_it_is_stopped(region, command, stop):
+    started = [*command, "view", str(region.path), "--port", "0"]
+    with subprocess.Popen(
+        started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as job:
+        line = job.stdout.readline()
+        address = next(word for word in line.split() if word.startswith("http://127.0.0.1:"))
+        with urllib.request.urlopen(address) as answer:
+            assert b"leaflet" in answer.read()
+        job.send_signal(stop)
+        out, err = job.communicate(timeout=30)
+    assert (job.returncode, out, err) == (0, "", "")
+
+
+def test_a_port_that_is_taken(region):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = run_here("view", region.path, "--port", port)
+    assert result.code == 2
+    one_message(result.err, port, "--port 0")
+
+
+@pytest.mark.parametrize("host", ["nowhere.invalid", "192.0.2.1"])
+def test_a_host_that_is_not_this_machine(region, host):
+    result = run_here("view", region.path, "--host", host, "--port", "0")
+    assert result.code == 2
+    one_message(result.err, host)
+
+
+def test_without_an_export(tmp_path):
+    made = Regions(tmp_path, {"embeddings": {"href": "none.tif", "year": 2021}}).write("bare")
+    result = run_here("view", made.path)
+    assert result.code == 2
+    one_message(result.err, "aeheight export")
+    with pytest.raises(NotYetError, match="aeheight export"):
+        read_export(Store.at(tmp_path / "export"))
+
+
+def test_an_export_elsewhere_is_to_be_copied():
+    with pytest.raises(InputError, match="copy s3://bucket/run/export to FOLDER/export"):
+        read_export(Store.at("s3://bucket/run/export"))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"links": [{"rel": "item"}]}'])
+def test_a_damaged_catalogue(region, content):
+    path = region.store / "export" / "collection.json"
+    path.unlink()
+    path.write_text(content)
+    result = run_here("view", region.path, "--plan")
+    assert result.code == 2
+    one_message(result.err, "damaged")
+
+
+def test_a_missing_file(region):
+    (region.store / "export" / WEST.name / "2021" / "height.tif").unlink()
+    result = run_here("view", region.path, "--plan")
+    assert result.code == 2
+    one_message(result.err, "height.tif", "verify --repair")
+
+
+def test_packages_that_are_not_installed(region, monkeypatch):
+    monkeypatch.setattr(step, "_NEEDED", {"rio_nothing": "rio-nothing", "xstatic.none.x": "X"})
+    result = run_here("view", region.path)
+    assert result.code == 2
+    one_message(result.err, "rio-nothing and X", "pip install")
+
+
+# The page.
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Iterator[Page]:
+    with browser(tmp_path_factory.mktemp("browser")) as found:
+        yield found
+
+
+TILES = "document.querySelectorAll('#map img.leaflet-tile')"
+DRAWN = f"{TILES}.length && [...{TILES}].every((tile) => tile.complete && tile.naturalWidth)"
+
+
+def looked_at(page: Page, address: str, width=1000, height=700, *, phone=False) -> np.ndarray:
+    """Open the page, and wait until all of its tiles are drawn."""
+    page.complaints.clear()
+    page.resize(width, height, phone=phone)
+    page.open(address)
+    page.until("document.readyState === 'complete' && " + DRAWN)
+    return page.picture()
+
+
+@needs_chromium
+def test_the_divider_is_dragged(served, page):
+    before = looked_at(page, served.address + "#left=reference&right=difference")
+    page.mouse("mousePressed", 500, 500)
+    for x in (480, 400, 301):
+        page.mouse("mouseMoved", x, 500)
+    page.mouse("mouseReleased", 301, 500)
+    page.until("location.hash.includes('at=0.30')")
+    after = page.picture()
+    changed = (before != after).any(-1)[200:560]  # below the legends, above the values
+    columns = np.flatnonzero(changed.any(0))
+    assert columns.min() >= 301 - 34  # its handle and shadow
+    assert columns.max() <= 500 + 34
+    assert changed[:, 320:480].mean() > 0.5
+    page("Input.dispatchKeyEvent", type="keyDown", key="End")
+    page.until("location.hash.includes('at=1.0')")
+    assert page.complaints == []
+
+
+@needs_chromium
+def test_sides_show_what_is_chosen(served, page):
+    both = looked_at(page, served.address + "#left=height&right=height&at=0.5")
+    page.evaluate(
+        "const s = document.querySelector('#right select'); s.value = 'spread';"
+        "s.dispatchEvent(new Event('change'))"
+    )
+    page.until("location.hash.includes('right=spread') && " + DRAWN)
+    changed = (page.picture() != both).any(-1)[200:560]
+    assert not changed[:, :480].any()
+    assert changed[:, 530:].any()
+    assert "≥ 5 m" in page.evaluate("document.querySelector('#right .ticks').innerText")
+
+
+@needs_chromium
+def test_values_under_the_pointer_and_years(served, page):
+    looked_at(page, served.address)
+    assert page.evaluate("document.querySelector('#year').value") == "2023"
+    page.mouse("mouseMoved", 450, 400)
+    page.until("document.querySelectorAll('dd').length === 6")
+    shown = "[...document.querySelectorAll('#values dd')].map((e) => e.innerText)"
+    reference, height, difference, *_ = page.evaluate(shown)
+    assert difference == "+7.0 m"
+    assert float(height.split()[0]) - float(reference.split()[0]) == pytest.approx(5, abs=0.11)
+    page.evaluate(
+        "const y = document.querySelector('#year'); y.value = '2021';"
+        "y.dispatchEvent(new Event('change'))"
+    )
+    page.until(f"{shown}[2] === '+5.0 m'")
+    assert page.complaints == []
+
+
+@needs_chromium
+def test_the_page_on_a_phone(served, page):
+    looked_at(page, served.address, 375, 720, phone=True)
+    page.tap(100, 360)
+    page.until("document.querySelectorAll('dd').length === 6")
+    assert page.evaluate("document.documentElement.scrollWidth") == 375
+    boxes = page.evaluate(
+        "Object.fromEntries(['left', 'right', 'values'].map((id) => {"
+        "const b = document.getElementById(id).getBoundingClientRect();"
+        "return [id, [b.left, b.top, b.right, b.bottom]]}))"
+    )
+    for left, top, right, bottom in boxes.values():
+        assert 0 <= left < right <= 375
+        assert 0 <= top < bottom <= 720
+    assert boxes["left"][2] <= boxes["right"][0]
+    assert boxes["left"][3] < 200 < 500 < boxes["values"][1]
+    smallest = page.evaluate(
+        "Math.min(...[...document.querySelectorAll('.card *')].filter((e) => e.offsetParent)"
+        ".map((e) => parseFloat(getComputedStyle(e).fontSize)))"
+    )
+    assert smallest >= 12
+    assert page.complaints == []
+
+
+@needs_chromium
+def test_what_it_says_of_the_map(served, page):
+    looked_at(page, served.address)
+    text = page.evaluate("document.body.innerText")
+    assert "EGM96 height (EPSG:5773)" in text
+    assert "Surveyed by nobody <b>" in text  # shown, not obeyed
+    assert "Google DeepMind" in text
+    assert "km" in page.evaluate("document.querySelector('.leaflet-control-scale').innerText")
+    assert page.complaints == []
