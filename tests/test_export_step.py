@@ -23,6 +23,7 @@ from pyproj import CRS
 from rio_cogeo.cogeo import cog_validate
 
 from aeheight.cube import open_tree
+from aeheight.exported import read_export
 from aeheight.receipts import Ledger, receipt_for
 from aeheight.steps.tiles import picture_cut
 from aeheight.store import Store
@@ -114,6 +115,15 @@ def test_items_and_collection_are_stac(done):
         pystac.validation.validate_dict(content | {"stac_extensions": []})
         for link in content["links"]:
             assert (path.parent / link["href"]).is_file(), link
+
+
+def test_the_catalogue_tells_a_viewer_of_every_file(done):
+    found = read_export(Store.at(done.region.store / "export"))
+    assert [layer.name for layer in found.layers] == ["height", "spread", "novelty"]
+    assert found.years == (2021, 2022)
+    assert {path for layer in found.layers for path in layer.files} == set(
+        files(done.region, "*.tif")
+    )
 
 
 def item_facts(done: Map) -> list[tuple[Path, dict[str, Any]]]:
