@@ -84,12 +84,16 @@ def bars(metrics: Mapping[str, Any], model: str, split: str) -> list[dict[str, A
 def comparison(
     metrics: Mapping[str, Any], model: str
 ) -> Iterator[tuple[str, list[tuple[str, Summary, set[str]]]]]:
-    """For each split: (predictor, its metrics, the metrics in which it is the best)."""
+    """For each split: (predictor, its metrics, the metrics in which it is the best).
+
+    Of a baseline that is not judged there (the kernel regression on its own training ground) there
+    is no row.
+    """
     for split in SPLITS:
         rows = [
-            (name, by_split[split])
+            (name, row)
             for name, by_split in predictors(metrics, model).items()
-            if by_split.get(split)
+            if (row := by_split.get(split)) and (row["n"] or name == model)
         ]
         best = {metric: _best(metric, rows) for metric in GLOSSARY}
         if rows:

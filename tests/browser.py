@@ -165,8 +165,10 @@ def browser(folder: Path) -> Iterator[Page]:
         with asyncio.Runner() as runner:
             address = _first_tab(folder / "DevToolsActivePort")
             socket = runner.run(_connect(address))
-            yield Page(runner, socket)
-            socket.close()
+            try:
+                yield Page(runner, socket)
+            finally:
+                runner.run(_leave(socket))
     finally:
         process.terminate()
         process.wait(_PATIENCE)
@@ -174,6 +176,14 @@ def browser(folder: Path) -> Iterator[Page]:
 
 async def _connect(address: str) -> WebSocketClientConnection:
     return await websocket_connect(address, max_message_size=1 << 26)
+
+
+async def _leave(socket: WebSocketClientConnection) -> None:
+    """Close, and hear out what was still on its way: a socket left open is an error elsewhere."""
+    socket.close()
+    with suppress(TimeoutError):
+        while await asyncio.wait_for(socket.read_message(), _PATIENCE) is not None:
+            pass
 
 
 def _first_tab(contact: Path) -> str:

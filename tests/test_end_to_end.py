@@ -191,6 +191,9 @@ def test_metrics_are_those_of_numpy_on_whole_arrays(small_run):
         assert set(tables[name]) == {*SPLITS, "all"}
         for split, row in tables[name].items():
             judged = ~np.isnan(reference) & ((use == SPLITS.get(split)) | (split == "all"))
+            if name == "kernel" and split in ("train", "all"):  # what it was fitted to
+                assert set(row.values()) == {0, None}
+                continue
             wanted = numpy_metrics(values[judged], reference[judged])
             if name == "mean":  # a constant: its correlation is rounding, or undefined
                 wanted.pop("pearson")
@@ -361,10 +364,11 @@ def test_a_region_that_only_tests(aeheight, regions, small_run, scheduler):
     here, there = region.metrics(), small_run.metrics()
     assert here["model"]["train"]["n"] == here["model"]["validation"]["n"] == 0
     assert here["model"]["train"]["rmse"] is None
-    assert here["model"]["test"] == here["model"]["all"] == there["model"]["all"]
+    assert here["model"]["test"] == here["model"]["all"]
+    same_metrics(here["model"]["test"], there["model"]["all"])
     # The baselines are those fitted where the model was trained.
-    assert here["baselines"]["mean"]["test"] == there["baselines"]["mean"]["all"]
-    assert here["baselines"]["ridge"]["test"] == there["baselines"]["ridge"]["all"]
+    for name in ("mean", "ridge"):
+        same_metrics(here["baselines"][name]["test"], there["baselines"][name]["all"])
     # Another split of ground that trained nothing is judged anew, not refused for ever.
     again = ("--set", "split.validation=0.5", "--set", "split.test=0.5", "--scheduler", scheduler)
     refused = aeheight("evaluate", region.path, *again)

@@ -278,7 +278,7 @@ def test_an_infinite_height_in_the_map_is_no_figure(aeheight, regions, small_run
     result = aeheight("evaluate", twin.path, "--overwrite", "--scheduler", scheduler)
     assert result.code == 1
     assert "1 of " in result.out + result.err
-    assert "predicted pixels declared valid are NaN or infinite" in result.out + result.err
+    assert "pixels to be judged have an infinite prediction" in result.out + result.err
     assert not (report(twin) / "metrics.json").exists()
     assert not (report(twin) / "index.html").exists()
 
