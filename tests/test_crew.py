@@ -1,5 +1,6 @@
 """Workers that hang: found, killed and replaced, and their shards done elsewhere."""
 
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,9 @@ def test_a_worker_that_hangs(client: Client, tmp_path: Path, how: str) -> None:
 def test_a_shard_that_always_hangs_is_given_up(client: Client, tmp_path: Path) -> None:
     client.wait_for_workers(2, timeout=60)
     outcome, shown = run(client, Task(tmp_path, hopeless=SHARDS[2].name), limit=3)
-    assert outcome.failed == {SHARDS[2].name: "hung 3 workers, each for over 3 s"}
+    (name,) = outcome.failed
+    assert name == SHARDS[2].name  # the limit grows where the other shards take long
+    assert re.fullmatch(r"hung 3 workers, each for over \d+ s", outcome.failed[name])
     assert notes(tmp_path, "begin")[names(SHARDS)[2]] == 3
     assert set(notes(tmp_path, "end")) == set(names(SHARDS)) - {names(SHARDS)[2]}
     assert shown.count("started anew, the shard done elsewhere") == 2
