@@ -5,7 +5,7 @@ block that shards cut is put together again, and no cut shows. They can be joine
 later: how far errors go together is only known when all is summed up.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -46,9 +46,9 @@ class Blocks:
         errors: NDArray[np.floating],
         reference: NDArray[np.floating],
         judged: NDArray[np.bool_],
-        terms: Sequence[NDArray[np.float64]] = (),
+        terms: Iterable[NDArray[np.float64]] = (),
     ) -> "Blocks":
-        """Sum up one piece of ground.
+        """Sum up one piece of ground; of too many blocks, whole ones are joined.
 
         Args:
             place: number of the grid, the piece, edge of a block in pixels.
@@ -58,29 +58,27 @@ class Blocks:
             terms: of each (n,), finite, of the pixels that count, row by row.
         """
         number, region, edge = place
-        rows = np.arange(region.row, region.bottom) // edge
-        cols = np.arange(region.col, region.right) // edge
-        across = int(cols[-1] - cols[0]) + 1
-        block = ((rows - rows[0])[:, None] * across + (cols - cols[0]))[judged]
-        found = np.flatnonzero(np.bincount(block))
-        block = np.searchsorted(found, block)
-        row, col = rows[0] + found // across, cols[0] + found % across
-        keys = np.stack([np.full(found.shape, number), row, col], axis=1)
+        scale = 1
+        while len((found := _owners(region, edge * scale, judged))[0]) > MOST:
+            scale *= 2
+        (places, block) = found
+        keys = np.insert(places, 0, number, axis=1)
         d, r = errors[judged].astype(np.float64), reference[judged].astype(np.float64)
 
         def total(values: NDArray[np.float64]) -> NDArray[np.float64]:
-            return np.bincount(block, values, minlength=found.size).astype(np.float64)
+            return np.bincount(block, values, minlength=len(keys)).astype(np.float64)
 
-        n = np.bincount(block, minlength=found.size).astype(np.float64)
+        n = np.bincount(block, minlength=len(keys)).astype(np.float64)
         first = float(r[0]) if r.size else 0.0
         mean = first + total(r - first) / np.maximum(n, 1)
         moments = np.stack([n, total(d), total(d * d), mean, total((r - mean[block]) ** 2)], axis=1)
         sums = [total(term) for term in terms]
         return cls(
-            keys.astype(np.int64),
+            keys,
             moments,
-            np.stack(sums, axis=1) if sums else np.empty((found.size, 0)),
+            np.stack(sums, axis=1) if sums else np.empty((len(keys), 0)),
             paired(block, bin_numbers(d / BIN + 0.5)),
+            scale,
         )
 
     @property
@@ -112,6 +110,7 @@ class Blocks:
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What `from_arrays` takes."""
         return {
+            "scale": np.array(self.scale),
             "keys": self.keys,
             "moments": self.moments,
             "terms": self.terms,
@@ -123,7 +122,8 @@ class Blocks:
     def from_arrays(cls, arrays: dict[str, NDArray[Any]]) -> "Blocks":
         """What `arrays` made."""
         cells = Counts(arrays["bins"], arrays["counts"])
-        return cls(arrays["keys"], arrays["moments"], arrays["terms"], cells)
+        scale = int(arrays["scale"])
+        return cls(arrays["keys"], arrays["moments"], arrays["terms"], cells, scale)
 
 
 class Gathered:
@@ -146,6 +146,19 @@ class Gathered:
         for _, part in reversed(self._held):
             total = part if total is None else part + total
         return total
+
+
+def _owners(
+    region: Region, edge: int, judged: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows and columns (b, 2) of the blocks that have pixels; the place of each pixel's (n,)."""
+    rows = np.arange(region.row, region.bottom) // edge
+    cols = np.arange(region.col, region.right) // edge
+    across = int(cols[-1] - cols[0]) + 1
+    block = ((rows - rows[0])[:, None] * across + (cols - cols[0]))[judged]
+    found = np.flatnonzero(np.bincount(block))
+    corners = np.stack([rows[0] + found // across, cols[0] + found % across], axis=1)
+    return corners.astype(np.int64), np.searchsorted(found, block)
 
 
 def _merged(parts: Sequence[Blocks], scale: int) -> Blocks:

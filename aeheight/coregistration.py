@@ -14,6 +14,7 @@ Sources:
     doi:10.1093/biomet/73.1.13, for standard errors over blocks.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
@@ -42,24 +43,25 @@ _CLASSES: Final = _SECTORS * len(_GRADES)
 
 def terms(
     gradient: tuple[NDArray[np.float64], NDArray[np.float64]], errors: NDArray[np.floating]
-) -> tuple[NDArray[np.float64], ...]:
+) -> Iterator[NDArray[np.float64]]:
     """What is summed up in each block: normal equations of the steep pixels, then of all.
 
     Args:
         gradient: rise of the reference to the east and to the north, metres a metre.
         errors: d, metres; all of one shape.
 
-    Returns:
-        20 arrays of that shape, 0 where the gradient or the error is unknown.
+    Yields:
+        20 arrays of that shape, one at a time, 0 where the gradient or the error is unknown.
     """
     known = ~np.isnan(gradient[0]) & ~np.isnan(errors)
     east, north, d = (np.where(known, v, 0.0) for v in (*gradient, errors))
     steep = np.hypot(east, north) > np.tan(np.radians(STEEP))
-    one, g = known.astype(np.float64), (-east, -north)
-    every = (
-        g[0] * g[0], g[0] * g[1], g[0], g[1] * g[1], g[1], one, g[0] * d, g[1] * d, d, d * d
-    )  # fmt: skip
-    return (*(term * steep for term in every), *every)
+    x, y, one = -east, -north, known.astype(np.float64)
+    every = ((x, x), (x, y), (x, one), (y, y), (y, one), (one, one),
+             (x, d), (y, d), (one, d), (d, d))  # fmt: skip
+    for weight in (steep, one):
+        for first, second in every:
+            yield first * second * weight
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,13 +1,14 @@
 """Sparse histograms over integer bins: no range to choose, and they add exactly."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from aeheight.errors import InputError
 from aeheight.loops import FARTHEST
 
 
@@ -83,10 +84,32 @@ def numbered(classes: NDArray[np.int32]) -> tuple[Sequence[int], NDArray[np.int3
     """
     most = int(classes.max(initial=-1))
     if most < _FEW:
-        return range(most + 1), classes
+        return range(most + 1), np.maximum(classes, -1)
     found, places = np.unique(np.maximum(classes, -1), return_inverse=True)
     none = int(found[0] < 0)
     return found[none:].tolist(), (places - none).astype(np.int32)
+
+
+def check_labels(values: Mapping[str, NDArray[Any]], labels: NDArray[np.int32], count: int) -> None:
+    """Whether pixels may be given to classes: the compiled loops write where a label says.
+
+    Args:
+        values: of pixels, by name; all of one shape.
+        labels: the same shape, or several such along a first axis: -1 or a number of a class.
+        count: of classes.
+
+    Raises:
+        InputError: shapes differ, or a label is no class.
+    """
+    shapes = {name: array.shape for name, array in values.items()} | {"labels": labels.shape}
+    first, *others = (array.shape for array in values.values())
+    if any(shape != first for shape in others) or labels.shape[-len(first) :] != first:
+        told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise InputError(f"shapes differ: {told}; give equal ones")
+    if labels.size and not -1 <= int(labels.min()) <= int(labels.max()) < count:
+        raise InputError(
+            f"labels run from {labels.min()} to {labels.max()}; give -1 to {count - 1}"
+        )
 
 
 _FEW: Final = 1024

@@ -36,10 +36,11 @@ class Criterion:
     """Of class k, where it has one other than `class k`."""
 
     def classed(self, values: NDArray[Any]) -> NDArray[np.int32]:
-        """Numbers of classes, -1 where a value is missing (NaN or below 0) or in no class.
+        """Numbers of classes, -1 where a value is in none.
 
         Args:
-            values: any shape; measures where there are edges, else numbers of classes.
+            values: any shape; measures where there are edges, NaN where one is missing; else
+                numbers of classes below 2³¹, negative where one is missing.
         """
         if not self.edges:
             numbers: NDArray[np.int32] = np.maximum(values, -1).astype(np.int32)

@@ -24,7 +24,11 @@ STRETCH: Final = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Crossings:
-    """Sums over stretches of line; ``+`` merges two of them."""
+    """Sums over stretches of line; ``+`` merges two of them.
+
+    A stretch ends where a piece of ground does: the interval is a little narrower where the edge of
+    pieces is no multiple of STRETCH.
+    """
 
     sums: NDArray[np.float64]
     """(7,) pairs of pixels, stretches, Σx, Σy, Σx², Σxy, Σy²: of a stretch, y is the sum of the

@@ -134,6 +134,15 @@ class Grid:
         latitude = np.radians((south + north) / 2)
         return self.resolution * per_degree, float(self.resolution * per_degree * np.cos(latitude))
 
+    def pixel_widths(self) -> NDArray[np.float64]:
+        """Width of a pixel on the ground in each row (rows, 1), metres: no cut of a grid shows."""
+        height, width = self.pixel_metres()
+        rows = np.arange(self.shape[0])[:, None] + 0.5
+        if not self.is_geographic:
+            return np.full(rows.shape, width)
+        widths: NDArray[np.float64] = np.cos(np.radians(self.top - rows * self.resolution)) * height
+        return widths
+
 
 @lru_cache(maxsize=256)
 def transformer(source: str, target: str) -> Transformer:

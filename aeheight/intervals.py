@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aeheight import loops
+from aeheight.counts import check_labels
+from aeheight.errors import InputError
 
 Summary = dict[str, float | None]
 
@@ -45,7 +47,7 @@ class Intervals:
 
     @classmethod
     def of(cls, difference: NDArray[np.float32], spread: NDArray[np.float32]) -> Self:
-        """Sum up pixels (n,): predicted - reference and spread above 0, metres, all finite."""
+        """Sum up pixels (n,): predicted - reference and spread, metres; errors as `by`."""
         return cls.by(difference, spread, np.zeros(difference.shape, np.int32), 1)[0]
 
     @classmethod
@@ -65,7 +67,16 @@ class Intervals:
                 pixel, -1 for those not judged; where there are a label and a spread, the
                 difference is finite.
             count: of classes, of all axes together.
+
+        Raises:
+            InputError: shapes differ, a label is no class, or a spread is infinite or not above 0.
         """
+        check_labels({"difference": difference, "spread": spread}, labels, count)
+        if (strange := spread[(spread <= 0) | np.isinf(spread)]).size:
+            raise InputError(
+                f"{strange.size} spreads are {strange[0]} m and the like; a spread is above 0, and "
+                "NaN where there is none: make the map again with aeheight predict --overwrite"
+            )
         d, s = (np.ascontiguousarray(values).reshape(-1) for values in (difference, spread))
         flat = np.ascontiguousarray(labels).reshape(labels.size // max(d.size, 1), d.size)
         return [cls(sums) for sums in loops.within(d, s, flat, count, _PARTS, _LARGEST)]
@@ -87,6 +98,11 @@ class Intervals:
             "score": (2 * half + 20 * outside) / n / _MILLIMETRES,
             "factor": self._factor(0.9 * n),
         }
+
+    def calibration(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Edges (k + 1,) of |d| / spread, the last infinite, and counts (k,)."""
+        counts = self.sums[4:]
+        return np.append(np.linspace(0, _LARGEST, counts.size), np.inf), counts
 
     def _factor(self, wanted: float) -> float | None:
         """|d| / spread below which so many pixels lie, linear within a bin."""

@@ -12,6 +12,7 @@ Sources:
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from aeheight import loops
-from aeheight.counts import Counts, bin_numbers, frame, paired
+from aeheight.counts import Counts, bin_numbers, check_labels, frame, paired
 from aeheight.errors import InputError
 
 Summary = dict[str, int | float | None]
@@ -161,15 +162,7 @@ class Stats:
             InputError: shapes differ, a label is no class, or a pixel with a label has an infinite
                 prediction or no finite reference.
         """
-        if predicted.shape != reference.shape or labels.shape[-predicted.ndim :] != predicted.shape:
-            raise InputError(
-                f"predicted has shape {predicted.shape}, reference {reference.shape} and labels "
-                f"{labels.shape}; give equal ones"
-            )
-        if labels.size and not -1 <= int(labels.min()) <= int(labels.max()) < count:
-            raise InputError(
-                f"labels run from {labels.min()} to {labels.max()}; give -1 to {count - 1}"
-            )
+        check_labels({"predicted": predicted, "reference": reference}, labels, count)
         return cls._by(predicted, reference, labels, count)
 
     @classmethod
@@ -273,6 +266,18 @@ class Stats:
         dense = np.zeros(size, np.int64)
         np.add.at(dense, place[inside], self.histogram.counts[inside])
         return (start - 0.5 + np.arange(size + 1.0) * factor) * BIN, dense
+
+
+def comparable(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two predictors were judged on the same pixels: their numbers differ by 1 % at most.
+
+    Baselines are judged on the model's pixels, so that they differ by the gaps of a baseline only.
+
+    Args:
+        one: a summary.
+        other: likewise.
+    """
+    return abs(int(one["n"]) - int(other["n"])) <= 0.01 * int(one["n"])
 
 
 @dataclass(frozen=True)

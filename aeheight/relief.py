@@ -24,14 +24,14 @@ FLAT: Final = 2.0
 
 
 def gradient(
-    height: NDArray[np.float32], dy: float, dx: float
+    height: NDArray[np.float32], dy: float, dx: float | NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Rise towards the east and towards the north, metres a metre, by Horn's 3 x 3 differences.
 
     Args:
         height: (rows + 2, columns + 2) metres, one pixel wider on every side than the result.
         dy: height of a pixel in metres.
-        dx: width of a pixel in metres.
+        dx: width of a pixel in metres; (rows, 1) where rows differ.
 
     Returns:
         Two of (rows, columns), NaN where a neighbour is missing.
@@ -44,11 +44,6 @@ def gradient(
     unknown = np.isnan(east) | np.isnan(north)
     east[unknown] = north[unknown] = np.nan
     return east, north
-
-
-def slope(height: NDArray[np.float32], dy: float, dx: float) -> NDArray[np.float32]:
-    """Slope in degrees, NaN where a neighbour is missing; arguments as for `gradient`."""
-    return steepness(*gradient(height, dy, dx))
 
 
 def steepness(east: NDArray[np.float64], north: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -11,17 +11,13 @@ from typing import Any, Final
 
 import jinja2
 
-from aeheight import rows
+from aeheight import embeddings, rows
 from aeheight.charts import Histogram
 from aeheight.figures import COLOURS, Maps, draw
 from aeheight.metrics import GLOSSARY
 from aeheight.seams import Seams
 from aeheight.terms import TERMS, format_metric
 
-ATTRIBUTION: Final = (
-    "The AlphaEarth Foundations Satellite Embedding dataset is produced by "
-    "Google and Google DeepMind."
-)
 CAUTIONS: Final = (
     "AlphaEarth was itself trained with Copernicus DEM and GEDI lidar heights among its targets: "
     "the embeddings have met heights before, and this accuracy is not that of imagery alone.",
@@ -153,7 +149,7 @@ def render(report: Report) -> str:
         base=rows.base_name(metrics),
         provenance=rows.provenance(metrics),
         cautions=[*report.notes, *CAUTIONS],
-        attribution=ATTRIBUTION,
+        attribution=embeddings.ATTRIBUTION,
     )
 
 

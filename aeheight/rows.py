@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final
 
-from aeheight.metrics import GLOSSARY, Summary
+from aeheight.metrics import GLOSSARY, Summary, comparable
 
 SPLITS: Final = ("test", "validation", "train", "all")
 FEW: Final = 100
@@ -61,21 +61,26 @@ def base_name(metrics: Mapping[str, Any]) -> str:
 
 
 def bars(metrics: Mapping[str, Any], model: str, split: str) -> list[dict[str, Any]]:
-    """RMSE of each predictor, with its width in percent and the model's gain on it."""
+    """RMSE of each predictor, with its width in percent and the model's gain on it.
+
+    Of predictors that were judged on the model's pixels: others are left out.
+    """
+    own = metrics["model"].get(split) or {}
+    if own.get("rmse") is None:
+        return []
     found = {
-        name: rmse
+        name: row["rmse"]
         for name, by_split in predictors(metrics, model).items()
-        if (rmse := (by_split.get(split) or {}).get("rmse")) is not None
+        if (row := by_split.get(split)) and row["rmse"] is not None and comparable(own, row)
     }
-    longest = max(found.values(), default=0) or 1
-    own = found.get(model)
+    longest = max(found.values()) or 1
     return [
         {
             "name": name,
             "rmse": rmse,
             "width": f"{100 * rmse / longest:.1f}",
-            "gain": round(100 * (1 - own / rmse)) if own is not None and rmse > 0 else None,
-            "stronger": own is not None and rmse < own,
+            "gain": round(100 * (1 - own["rmse"] / rmse)) if rmse > 0 else None,
+            "stronger": rmse < own["rmse"],
         }
         for name, rmse in found.items()
     ]
@@ -101,7 +106,11 @@ def comparison(
 
 
 def _best(metric: str, rows: list[tuple[str, Summary]]) -> str | None:
-    values = {name: value for name, row in rows if (value := row.get(metric)) is not None}
+    values = {
+        name: value
+        for name, row in rows
+        if (value := row.get(metric)) is not None and comparable(rows[0][1], row)
+    }
     if len(values) < 2 or metric not in ("mean", "median", "nmad", "rmse", "mae", "le90", "r2"):
         return None
     if metric == "r2":
@@ -122,8 +131,8 @@ def classes(
     asked = metrics.get("provenance", {}).get("classes") or {}
     for name, rows in metrics.get("by", {}).items():
         title, unit = CLASSES.get(name, (words(name).capitalize(), ""))
-        known = {_label(row, unit): row for row in held.get(name, ()) if row.get("split") == split}
-        chosen = [(_label(row, unit), row) for row in rows if row.get("split") == split]
+        known = {label(row, unit): row for row in held.get(name, ()) if row.get("split") == split}
+        chosen = [(label(row, unit), row) for row in rows if row.get("split") == split]
         if (chosen or name in asked) and (name != "zone" or len(chosen) > 1):
             longest = max((row["rmse"] for _, row in chosen if _tells(row)), default=0) or 1
             yield title, [(lab, _figures(row, known.get(lab), longest)) for lab, row in chosen]
@@ -157,17 +166,21 @@ def intervals(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]
     ]
 
 
-def _label(row: Mapping[str, Any], unit: str) -> str:
-    low, high = (
-        None if end is None or not math.isfinite(end) else f"{end:g}".replace("-", "−")
-        for end in (row.get("lo"), row.get("hi"))
-    )
+def label(row: Mapping[str, Any], unit: str = "") -> str:
+    """What a class is called: its name, or where it begins and ends."""
+    low, high = _end(row.get("lo")), _end(row.get("hi"))
     gap = " " if unit not in ("°", "") else ""
-    if "class" in row:
+    if row.get("class") is not None:
         return str(row["class"])
     if low is None:
         return f"below {high}{gap}{unit}" if high else "all"
-    return f"{low} to {high}{gap}{unit}" if high else f"{low}{gap}{unit} and more"
+    return f"{low} to {high}{gap}{unit}" if high else f"{low}{gap}{unit} or more"
+
+
+def _end(value: Any) -> str | None:
+    """An end of a class in words; None: it has none."""
+    known = isinstance(value, int | float) and math.isfinite(value)
+    return f"{value:g}".replace("-", "−") if known else None
 
 
 def novel_share(rows: Sequence[Mapping[str, Any]], split: str) -> float | None:
@@ -218,12 +231,9 @@ def still(shift: Mapping[str, Any]) -> bool:
 def skill(
     skill: Mapping[str, Mapping[str, float | None]],
 ) -> list[tuple[str, dict[str, float | None]]]:
-    """For each baseline, the strongest kind first: its name, and the skill on each split."""
+    """For each baseline, in the order of NAMES: its name, and the skill on each split."""
     names = [name for name in NAMES if any(name in row for row in skill.values())]
-    return [
-        (NAMES[name], {split: row.get(name) for split, row in skill.items()})
-        for name in sorted(names, key=["prior", "kernel", "ridge", "mean"].index)
-    ]
+    return [(NAMES[name], {split: row.get(name) for split, row in skill.items()}) for name in names]
 
 
 def zones(

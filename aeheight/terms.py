@@ -11,7 +11,8 @@ TERMS: Final = {
     ),
     "skill": (
         "skill",
-        "1 − MSE / MSE of a baseline, MSE = Σd² / n on the same pixels (Murphy 1988).",
+        "1 − MSE / MSE of a baseline, MSE = Σd² / n; undefined where their numbers of "
+        "pixels differ by more than 1 % (Murphy 1988).",
     ),
     "slope": (
         "regression",

@@ -9,7 +9,7 @@ from rasterio.warp import Resampling, reproject
 from aeheight.errors import InputError
 from aeheight.settings import load_region
 from aeheight.sources import ClassMaps
-from aeheight.sources.classes import MISSING, read_classes, scan_classes
+from aeheight.sources.classes import LARGEST, MISSING, read_classes, scan_classes
 from aeheight.windows import Region, tile, whole
 from tests.runs import arrays
 from tests.test_end_to_end import SPLITS, numpy_metrics, same_metrics
@@ -116,6 +116,16 @@ def test_settings_of_classes_are_checked(regions, classes, words):
     path = regions.write("x", evaluate={"classes": classes}).path
     with pytest.raises(InputError, match=words):
         load_region(path)
+
+
+def test_a_class_beyond_what_can_be_counted_is_refused(tmp_path):
+    """Numbers of classes and uses share 32 bits: beyond, one class would pass for another."""
+    values = np.zeros(GRID.shape, np.uint32)
+    values[2, 3], values[4, 5] = LARGEST, 600_000_000
+    path = written(tmp_path / "far.tif", values)
+    assert read(path, part=Region(2, 3, 1, 1)) == LARGEST
+    with pytest.raises(InputError, match="1 pixels are of class 600000000; classes are 0 to 26"):
+        read(path)
 
 
 def test_maps_of_classes_travel_and_know_their_files(tmp_path):

@@ -105,7 +105,7 @@ def test_what_one_report_lacks_is_named():
     other["baselines"]["prior"] = {"test": row(900, 3.0)}
     found = held(A, other)
     slope = found.by["slope"]
-    assert (slope.only_a, slope.only_b) == (("2 or more",), ("-1 to 0",))
+    assert (slope.only_a, slope.only_b) == (("2 or more",), ("−1 to 0",))
     assert list(found.by) == ["slope"]
     assert found.left_out == ("table by landcover: only B has it",)
     assert found.baselines.only_b == ("prior",)

@@ -79,12 +79,20 @@ def test_blocks_can_be_joined_and_stored():
 def test_of_too_many_blocks_whole_ones_are_joined(monkeypatch, cut):
     monkeypatch.setattr(module, "MOST", 20)
     found = summed(*world(3), cut=cut, edge=4)
-    if cut is None:  # one piece is not cut smaller than it came
-        found = found + Blocks.of((0, Region(0, 0, 1, 1), 4), *[np.zeros((1, 1))] * 2,
-                                  np.zeros((1, 1), bool), [np.zeros(0)])  # fmt: skip
     monkeypatch.undo()
     assert found.scale == 4
     same(found, summed(*world(3), edge=4).joined(4))
+
+
+def test_a_block_of_each_pixel_is_joined_at_once():
+    """However small blocks are asked for, a shard leaves few enough to be counted apart."""
+    shape = (256, 256)
+    errors, reference = np.random.default_rng(0).normal(0, 5, (2, *shape))
+    found = Blocks.of((0, whole(shape), 1), errors, reference, np.ones(shape, bool))
+    assert (len(found.keys), found.scale) == (module.MOST, 4)
+    wanted = summed(errors, reference, np.ones(shape, bool), edge=4)
+    np.testing.assert_array_equal(found.moments, wanted.moments)
+    assert found.cells == wanted.cells
 
 
 def brute_force(errors, reference, judged, weights, edge):

@@ -68,7 +68,7 @@ def test_errors_that_go_together_farther_than_is_seen_have_no_length():
     assert found.length(plane.var()) is None
     assert found.farthest == 64
     facts = found.summary(float(plane.var()), 10.0, 64)
-    assert facts["length_px"] is facts["length_m"] is facts["covered"] or not facts["covered"]
+    assert (facts["length_px"], facts["length_m"], facts["covered"]) == (None, None, False)
 
 
 def brute(errors, judged):

@@ -305,5 +305,5 @@ def test_novelty_is_a_criterion_and_a_map(again: Callable[..., Run]) -> None:
     assert sum(row["n"] for row in rows) == run.metrics()["model"]["all"]["n"]
     page = (run.store / "report" / "index.html").read_text()
     assert "Novelty." in page
-    assert "2 and more" in page
+    assert "2 or more" in page
     assert "of test ground has a novelty above 1" in page

@@ -223,3 +223,14 @@ def test_a_pixel_in_degrees_is_as_large_as_the_ellipsoid_says(latitude):
 def test_a_pixel_in_feet_is_given_in_metres():
     grid = Grid.from_bounds("EPSG:2227", 100, (6_000_000, 2_000_000, 6_000_100, 2_000_100))
     assert grid.pixel_metres() == pytest.approx((30.48006, 30.48006), rel=1e-6)
+
+
+def test_rows_of_degrees_get_narrower_whatever_the_cut():
+    grid = Grid("EPSG:4326", 0.01, 10.0, 70.0, (1000, 30))
+    widths = grid.pixel_widths()
+    assert widths.shape == (1000, 1)
+    assert widths[0, 0] == pytest.approx(1113.2 * np.cos(np.radians(69.995)))
+    part = grid.part(Region(300, 7, 50, 9)).pixel_widths()
+    np.testing.assert_allclose(part, widths[300:350], rtol=1e-12)
+    flat = Grid("EPSG:32631", 10, 0, 0, (3, 4))
+    np.testing.assert_array_equal(flat.pixel_widths(), np.full((3, 1), 10.0))

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aeheight.errors import InputError
 from aeheight.intervals import GLOSSARY, Intervals
 from aeheight.metrics import Stats
 from aeheight.report import Report, render
@@ -114,3 +115,20 @@ def test_a_map_without_spread_has_no_such_section():
     test = Stats.of(reference + 1, reference).summary()
     metrics = {"model": {"test": test}, "baselines": {}, "by": {}, "provenance": {}}
     assert "How far to trust" not in Page(render(Report(name="x", metrics=metrics))).words
+
+
+@pytest.mark.parametrize(
+    ("spread", "label", "said"),
+    [
+        (np.inf, 0, "1 spreads are inf"),
+        (0.0, 0, "1 spreads are 0.0"),
+        (-3.0, 0, "1 spreads are -3.0"),
+        (1.0, 2, "labels run from 0 to 2; give -1 to 1"),
+        (1.0, -2, "labels run from -2 to 0"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused(spread, label, said):
+    difference, spreads, labels = np.ones(3, np.float32), np.ones(3, np.float32), np.zeros(3, int)
+    spreads[1], labels[2] = spread, label
+    with pytest.raises(InputError, match=said):
+        Intervals.by(difference, spreads, labels.astype(np.int32), 2)

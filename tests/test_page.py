@@ -17,7 +17,7 @@ from affine import Affine
 from aeheight.cube import open_tree
 from aeheight.metrics import Scatter, Stats
 from aeheight.report import Report, render
-from aeheight.rows import FEW
+from aeheight.rows import FEW, bars, comparison
 from aeheight.sheets import SHEETS, sheets
 from aeheight.store import Store
 from tests.browser import CHROMIUM, visit
@@ -281,6 +281,88 @@ def test_an_infinite_height_in_the_map_is_no_figure(aeheight, regions, small_run
     assert "pixels to be judged have an infinite prediction" in result.out + result.err
     assert not (report(twin) / "metrics.json").exists()
     assert not (report(twin) / "index.html").exists()
+
+
+def test_a_report_is_always_that_of_its_settings(aeheight, regions, small_run, scheduler):
+    """What only the summary asks makes the report anew, from the sums that lie there."""
+    twin = copied(small_run, regions)
+    page = report(twin) / "index.html"
+
+    def evaluated(*more):
+        result = aeheight("evaluate", twin.path, "--scheduler", scheduler, *more)
+        assert result.code == 0, result.err
+        assert "0 shards done" in result.out
+        return twin.metrics()
+
+    wanted = ("--set", "evaluate.draws=200", "--set", "evaluate.seed=5", "--set", "note=look here")
+    confidence = evaluated(*wanted)["confidence"]
+    assert (confidence["draws"], confidence["seed"]) == (200, 5)
+    assert "look here" in page.read_text()
+    written = page.stat().st_mtime_ns
+    evaluated(*wanted)
+    assert page.stat().st_mtime_ns == written
+    # A driver that died before it had told what the sums say.
+    page.unlink()
+    assert evaluated()["confidence"]["draws"] == 1000
+    assert "look here" not in page.read_text()
+
+
+def test_a_driver_that_dies_before_the_summary_leaves_no_stale_report(
+    aeheight, regions, small_run, scheduler, monkeypatch
+):
+    twin = copied(small_run, regions)
+    shorter = ("evaluate", twin.path, "--scheduler", scheduler, "--set", "evaluate.block=8")
+
+    def dies(*_args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("aeheight.steps.evaluate.summarise", dies)
+        assert aeheight(*shorter).code == 1
+    assert not (report(twin) / "index.html").exists()
+    assert aeheight(*shorter).code == 0
+    assert twin.metrics()["confidence"]["block_px"] == 8
+
+
+def test_damaged_sums_are_named(aeheight, regions, small_run, scheduler):
+    """Wherever a bit of them has turned over."""
+    twin = copied(small_run, regions)
+    part = min((twin.store / "report.receipts").rglob("*.npz"))
+    sound = part.read_bytes()
+    for place in (3, len(sound) // 3, len(sound) - 2):
+        part.unlink()
+        part.write_bytes(sound[:place] + bytes([sound[place] ^ 4]) + sound[place + 1 :])
+        result = aeheight("evaluate", twin.path, "--scheduler", scheduler)
+        assert result.code == 2
+        one_message(result.err, part.name, "is damaged", "evaluate --overwrite")
+
+
+@pytest.mark.slow
+def test_the_plan_of_evaluate_has_room_for_its_workers(aeheight, regions, small_run):
+    twin = copied(small_run, regions)
+    plan = json.loads(aeheight("evaluate", twin.path, "--plan", "--json").out)
+    assert aeheight("evaluate", twin.path, "--overwrite", "--workers", "1").code == 0
+    receipts = (twin.store / "report.receipts").rglob("r*.json")
+    peak = max(json.loads(path.read_bytes())["peak"] for path in receipts)
+    assert 0 < peak < plan["peak_worker_bytes"] < 3 * peak
+
+
+def test_a_baseline_on_other_ground_is_not_compared():
+    """A prior that is void where the ground is hard would look better than the model."""
+    rng = np.random.default_rng(0)
+    reference = rng.normal(100, 30, 5000)
+    hard = np.arange(5000) < 2000
+    model = reference + rng.normal(0, np.where(hard, 30, 5))
+    prior = reference + rng.normal(0, 8, 5000)
+    own = Stats.of(model, reference).summary()
+    other = Stats.of(prior, reference, predicted_valid=~hard).summary()
+    assert other["rmse"] < own["rmse"]
+    metrics = {"model": {"test": own}, "baselines": {"prior": {"test": other}}}
+    assert [bar["name"] for bar in bars(metrics, "U-Net++", "test")] == ["U-Net++"]
+    ((_, compared),) = comparison(metrics, "U-Net++")
+    assert [best for _, _, best in compared] == [set(), set()]
+    page = Page(render(Report(name="void", metrics=metrics, model="U-Net++")))
+    assert "more accurate than the model" not in page.words
 
 
 def test_a_reference_elsewhere_is_refused(aeheight, regions, world, tmp_path):

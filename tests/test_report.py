@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from aeheight.embeddings import ATTRIBUTION
 from aeheight.figures import Maps
 from aeheight.metrics import GLOSSARY, Scatter, Stats
-from aeheight.report import ATTRIBUTION, Prediction, Report, render
+from aeheight.report import Prediction, Report, render
 from aeheight.rows import judged_split
 from aeheight.seams import Seams
 from aeheight.terms import format_metric
@@ -230,7 +231,7 @@ def test_novelty_is_a_map_and_a_table(report):
     page = Page(render(whole))
     assert len(page.images) == 10
     assert "12 % of test ground has a novelty above 1" in page.words
-    assert page.row("2 and more")[-1] == "20"
+    assert page.row("2 or more")[-1] == "20"
     assert page.row("0 to 0.5")[-1] == "600"
 
 
@@ -318,8 +319,8 @@ def test_the_best_of_each_column_is_bold(report):
 def test_tables_by_class_show_the_test_rows_only(page):
     assert "Slope of the reference, test ground" in page.words
     assert [row[0] for row in page.rows].count("0 to 5°") == 1
-    assert [row[0] for row in page.rows].count("5° and more") == 1
-    assert [row[0] for row in page.rows].count("5 m and more") == 1
+    assert [row[0] for row in page.rows].count("5° or more") == 1
+    assert [row[0] for row in page.rows].count("5 m or more") == 1
 
 
 def test_provenance_is_flat_and_whole(page):

@@ -23,6 +23,9 @@ from aeheight.windows import Region, tile
 MISSING = -1
 """What a pixel without a class holds."""
 
+LARGEST = 2**28 - 1
+"""No class is beyond: four times as many are numbers of 32 bits still."""
+
 _SQUARE = 256
 """Pixels of the grid that are looked up at once,"""
 
@@ -106,7 +109,7 @@ def read_classes(source: ClassSource, grid: Grid, region: Region) -> NDArray[np.
 
     Raises:
         OSError: a file breaks off.
-        InputError: a file is not what its header said, or holds a class below 0.
+        InputError: a file is not what its header said, or holds a class below 0 or beyond LARGEST.
     """
     out = np.full(region.shape, MISSING, np.int64)
     for raster in source.rasters:
@@ -148,10 +151,10 @@ def _nearest(dataset: Any, raster: Raster, grid: Grid, region: Region) -> NDArra
     values = dataset.read(1, window=Window(col, row, size[1], size[0]))
     found = values[rows[inside] - row, cols[inside] - col]
     there = np.ones(found.shape, bool) if raster.nodata is None else found != raster.nodata
-    if (strange := found[there & (found < 0)]).size:
+    if (strange := found[there & ((found < 0) | (found > LARGEST))]).size:
         raise InputError(
-            f"{raster.href}: {strange.size} pixels are of class {strange[0]}; classes are 0 or "
-            "more: if that is a missing-value, name it in `nodata`"
+            f"{raster.href}: {strange.size} pixels are of class {strange[0]}; classes are 0 to "
+            f"{LARGEST}: if that is a missing-value, name it in `nodata`"
         )
     out[inside] = np.where(there, found.astype(np.int64), MISSING)
     return out

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from aeheight import intervals
 from aeheight.errors import InputError, NotYetError
+from aeheight.rows import label
 from aeheight.settings import load_region
 from aeheight.steps.unlike import Difference, part, reasons, unlike
 from aeheight.store import Store
@@ -310,23 +311,14 @@ def _by(
 def _classes(rows: Any, split: str) -> dict[str, Mapping[str, Any]]:
     """The rows of one split by the label of their class."""
     some = [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
-    return {_label(row): row for row in some if row.get("split") == split}
-
-
-def _label(row: Mapping[str, Any]) -> str:
-    if row.get("class") is not None:
-        return str(row["class"])
-    low, high = _number(row.get("lo")), _number(row.get("hi"))
-    if low is None:
-        return "all" if high is None else f"below {high:g}"
-    return f"{low:g} or more" if high is None else f"{low:g} to {high:g}"
+    return {label(row): row for row in some if row.get("split") == split}
 
 
 def _table(a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[str, Any]]) -> Table:
     return Table(
-        {label: _figures(row, b[label], HEADLINE) for label, row in a.items() if label in b},
-        tuple(label for label in a if label not in b),
-        tuple(label for label in b if label not in a),
+        {name: _figures(row, b[name], HEADLINE) for name, row in a.items() if name in b},
+        tuple(name for name in a if name not in b),
+        tuple(name for name in b if name not in a),
     )
 
 
@@ -350,15 +342,15 @@ def _figure_lines(figures: Mapping[str, Figure]) -> Iterator[str]:
 
 def _table_lines(table: Table) -> Iterator[str]:
     if table.rows:
-        wide = max(12, *(len(label) for label in table.rows))
+        wide = max(12, *map(len, table.rows))
         heads = "".join(f"{name + ' A':>11}{'B':>9}{'B - A':>9}" for name in _OF_A_CLASS)
         yield f"  {'':<{wide}}{'n A':>11}{'n B':>11}{heads}"
-    for label, row in table.rows.items():
+    for name, row in table.rows.items():
         counts = f"{_told(row['n'].a, 'n'):>11}{_told(row['n'].b, 'n'):>11}"
-        yield f"  {label:<{wide}}{counts}" + "".join(
-            f"{_told(row[name].a, name):>11}{_told(row[name].b, name):>9}"
-            f"{_told(row[name].difference, name, '+'):>9}"
-            for name in _OF_A_CLASS
+        yield f"  {name:<{wide}}{counts}" + "".join(
+            f"{_told(row[key].a, key):>11}{_told(row[key].b, key):>9}"
+            f"{_told(row[key].difference, key, '+'):>9}"
+            for key in _OF_A_CLASS
         )
     for name, labels in (("A", table.only_a), ("B", table.only_b)):
         if labels:

@@ -27,10 +27,15 @@ from aeheight.steps.parts import CLASSES, Part, part_key, thin
 from aeheight.steps.predict import MODEL
 from aeheight.steps.run import Made, Plan, Run, carry_out
 from aeheight.steps.split import check_split, record_split, split_fingerprint
-from aeheight.steps.summary import REPORT, summarise
+from aeheight.steps.summary import is_made_from, remove_report, summarise
 from aeheight.store import Store
 from aeheight.template import Shard, Template
 from aeheight.windows import Lattice
+
+_LIBRARIES = 1_500_000_000
+"""Bytes of a worker before it reads: torch and the compiled loops above all."""
+_PIXEL_BYTES = 300
+"""Of a shard's pixel: two shards are at hand, of 120 bytes a pixel and some."""
 
 
 def plan(run: Run) -> Plan:
@@ -58,7 +63,7 @@ def plan(run: Run) -> Plan:
             "shards": len(shards),
             "pending": run.left("report", shards),
             "bytes_to_read": per_pixel * sum(shard.region.size for shard in shards),
-            "peak_worker_bytes": 300_000_000 + cube.cut.shard**2 * 250,
+            "peak_worker_bytes": _LIBRARIES + cube.cut.shard**2 * _PIXEL_BYTES,
         },
     )
 
@@ -128,8 +133,7 @@ def execute(run: Run) -> Outcome:
     ledger = run.ledger("report")
     if run.options.overwrite:
         run.discard(ledger.store, run.ledger("split").store)
-        for name in REPORT:
-            run.report.remove(name)
+        remove_report(run.report)
     split = record_split(run)
     heights = open_tree(run.heights)
     year = _judged_year(cube.template, checkpoint)
@@ -168,11 +172,17 @@ def execute(run: Run) -> Outcome:
         tuple(lines.items()),
     )
     shards = _shards(run, cube.template, heights.template, classes, year)
+    made_from = fingerprint(
+        [ledger.key, run.settings.model_dump(mode="json"), named.decode()]
+        + [[shard.name, shard.inputs] for shard in shards]
+    )
+    if not (fresh := is_made_from(run.report, made_from)):
+        remove_report(run.report)
     outcome = carry_out(run, "evaluate", ledger, shards, task)
-    if not outcome.failed and (outcome.done or not run.report.exists("index.html")):
+    if not outcome.failed and (outcome.done or not fresh):
         summarise(
             run, cube.template, heights.template, year, shards, checkpoint,
-            criteria | {"zone": _zones(cube.template)}, lines,
+            criteria | {"zone": _zones(cube.template)}, lines, made_from,
         )  # fmt: skip
     return outcome
 

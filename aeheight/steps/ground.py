@@ -53,8 +53,8 @@ class Ground:
     """Predicted heights, as wide."""
     own: NDArray[np.bool_]
     """Which of that ground is judged here, as wide."""
-    pixel: tuple[float, float]
-    """Height and width of a pixel, metres."""
+    pixel: tuple[float, NDArray[np.float64]]
+    """Height of a pixel, and its width in each row (rows, 1), metres."""
     use: NDArray[np.uint8]
     baselines: dict[str, NDArray[np.float32]]
     measures: dict[str, NDArray[np.float32] | NDArray[np.int64]]
@@ -81,6 +81,7 @@ class Ground:
         """
         group, region, year = shard.group, shard.region, shard.year
         grid, wide = cube.template.grid(group), region.expand(MARGIN)
+        here = grid.part(region)
         codes = cube.read(group, "embedding", year, region)
         ridge = checkpoint.ridge.predict(codes)
         use = cube.read(group, "split", None, region.expand(REACH))
@@ -103,7 +104,7 @@ class Ground:
             mapped,
             # Ground that two zones hold is judged in the one that it lies in.
             owned(cube.template.grids, grid, wide),
-            grid.part(region).pixel_metres(),
+            (here.pixel_metres()[0], here.pixel_widths()),
             inner(use, REACH),
             baselines,
             measures,

@@ -1,7 +1,6 @@
 """What each shard leaves for the report: sums that merge, and thinned pictures."""
 
 import io
-import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,7 +52,7 @@ class Part:
     """At the seams of `windows` and of `shards`, on all ground."""
 
     def to_bytes(self) -> bytes:
-        """An npz; the same sums give the same bytes."""
+        """An npz and its CRC-32; the same sums give the same bytes."""
         arrays: dict[str, NDArray[Any]] = {"sums": np.frombuffer(dump(self.sums), dtype=np.uint8)}
         arrays |= {_PICTURES + name: values for name, values in self.pictures.items()}
         for ground, pairs in self.variograms.items():
@@ -70,7 +69,8 @@ class Part:
             arrays["interval_keys"] = np.array(list(self.intervals))
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **arrays)
-        return buffer.getvalue()
+        data = buffer.getvalue()
+        return data + _crc(data)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
@@ -80,11 +80,10 @@ class Part:
             ValueError: the bytes are damaged.
             InputError: its sums are, or are of another format version.
         """
-        try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-        except (zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(str(error)) from error
+        if len(data) < _CRC or data[-_CRC:] != _crc(data[:-_CRC]):
+            raise ValueError(f"{len(data)} bytes that do not agree with their checksum")
+        with np.load(io.BytesIO(data[:-_CRC]), allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
         rows = zip(arrays.pop("interval_keys", ()), arrays.pop("intervals", ()), strict=True)
         return cls(
             load(arrays.pop("sums").tobytes()),
@@ -98,6 +97,13 @@ class Part:
             Facets(Counts(arrays["facet_bins"], arrays["facet_counts"]), arrays["facet_gradients"]),
             {name: Crossings(sums) for name, sums in _named(arrays, _LINES).items()},
         )
+
+
+_CRC = 4
+
+
+def _crc(data: bytes) -> bytes:
+    return zlib.crc32(data).to_bytes(_CRC, "big")
 
 
 def _named(arrays: Mapping[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:

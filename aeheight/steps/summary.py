@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ from aeheight.steps.tables import (
     skill,
     zones,
 )
+from aeheight.store import Store
 from aeheight.sums import merge_tables
 from aeheight.template import Shard, Template
 from aeheight.windows import Lattice, Region
@@ -56,7 +58,8 @@ from aeheight.windows import Lattice, Region
 ITEM = "item.json"
 FILES = {"metrics.json": "all figures, and where they come from", **SHEETS}
 """The figures as files: names, and what they hold."""
-REPORT = ("index.html", ITEM, *FILES)
+_METRICS, _PAGE = "metrics.json", "index.html"
+REPORT = (_PAGE, ITEM, *FILES)
 """What `summarise` writes under `report`."""
 _ARCHITECTURES = {"ridge": "Ridge", "unet": "U-Net", "unetplusplus": "U-Net++"}
 
@@ -70,6 +73,7 @@ def summarise(
     checkpoint: Checkpoint,
     criteria: Mapping[str, Criterion],
     lines: Mapping[str, int],
+    made_from: str,
 ) -> None:
     """Merge the parts of all shards and write the report.
 
@@ -78,23 +82,39 @@ def summarise(
         cube: its template.
         heights: the map's template.
         year: that is judged.
-        shards: in the order of merging, which fixes the last bits of the moments.
+        shards: in any order; they are merged by name, which fixes the last bits of the moments.
         checkpoint: of the map.
         criteria: what the tables divide ground by.
         lines: the map's seams, and pixels from one to the next.
+        made_from: what tells this report from others, see `is_made_from`.
     """
     merged = _Merged()
     sums = merge_tables(merged.take(run.ledger("report").current(), cube, shards))
     metrics = _metrics(run, cube, year, sums, merged, checkpoint, criteria)
     metrics["seams"] = seams(merged.crossings, lines)
-    files = {"metrics.json": json.dumps(metrics, indent=1, allow_nan=False).encode()}
+    metrics["provenance"]["made_from"] = made_from
+    files = {_METRICS: json.dumps(metrics, indent=1, allow_nan=False).encode()}
     files |= sheets(metrics)
-    files["index.html"] = render(
-        _report(run, cube, heights, sums, checkpoint, metrics, merged)
-    ).encode()
+    files[_PAGE] = render(_report(run, cube, heights, sums, checkpoint, metrics, merged)).encode()
     files = {ITEM: _item(run, cube, heights, year, metrics, files), **files}
     for name, content in files.items():  # the page last: where it is, all is
         run.report.write(name, content)
+
+
+def is_made_from(report: Store, made_from: str) -> bool:
+    """Whether a whole report lies there that was made from the same sums and settings."""
+    if not report.exists(_PAGE):
+        return False
+    with suppress(FileNotFoundError, ValueError, LookupError):
+        told: object = json.loads(report.read(_METRICS))["provenance"]["made_from"]
+        return told == made_from
+    return False
+
+
+def remove_report(report: Store) -> None:
+    """The page first: where it is, all is."""
+    for name in sorted(REPORT, key=lambda name: name != _PAGE):
+        report.remove(name)
 
 
 class _Merged:

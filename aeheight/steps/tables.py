@@ -7,8 +7,6 @@ from math import ceil
 from operator import add
 from typing import Any
 
-import numpy as np
-
 from aeheight.blocks import Blocks
 from aeheight.charts import Histogram
 from aeheight.confidence import FEW, LEVEL, METRICS, draw, interval, resampled
@@ -17,7 +15,7 @@ from aeheight.correlation import Variogram
 from aeheight.criteria import Criterion
 from aeheight.crossings import Crossings
 from aeheight.intervals import Intervals
-from aeheight.metrics import Scatter, Stats
+from aeheight.metrics import Scatter, Stats, comparable
 from aeheight.settings import RegionSettings
 from aeheight.shift import Heights
 from aeheight.splits import USES
@@ -73,10 +71,6 @@ def intervals(held: Mapping[str, Intervals], criteria: Mapping[str, Criterion]) 
     return {"model": by_split(held, "model"), "by": by_class(held, criteria)}
 
 
-_BEYOND = 8
-"""From here on `Intervals` counts |d| / spread as one."""
-
-
 def calibration(held: Mapping[str, Intervals], split: str) -> Histogram | None:
     """Edges (k + 1,) of |d| / spread and counts (k,) on a split; the last are all from 8 on.
 
@@ -84,9 +78,7 @@ def calibration(held: Mapping[str, Intervals], split: str) -> Histogram | None:
     """
     if f"model/{split}" not in held:
         return None
-    counts = held[f"model/{split}"].sums[4:]
-    edges = np.append(np.linspace(0, _BEYOND, counts.size), np.inf)
-    return edges, counts
+    return held[f"model/{split}"].calibration()
 
 
 def zones(cube: Template, sums: Sums) -> Iterator[dict[str, Any]]:
@@ -138,7 +130,7 @@ def skill(
 
 
 def _skill(row: Mapping[str, Any], other: Mapping[str, Any]) -> float | None:
-    if not row["rmse"] or not other["rmse"] or abs(row["n"] - other["n"]) > 0.01 * row["n"]:
+    if not row["rmse"] or not other["rmse"] or not comparable(row, other):
         return None
     return float(1 - (row["rmse"] / other["rmse"]) ** 2)
 
