@@ -1,8 +1,8 @@
 """A worker that must go finishes what it has begun: `python -m aeheight.retire`, as a preStop hook.
 
-SIGTERM alone ends a Dask worker at once: its shards are computed again elsewhere. Here the scheduler
-is asked to give it nothing more; then it is waited for what it computes; then its other tasks go to
-other workers. Nothing is lost without it, but time.
+SIGTERM alone ends a Dask worker at once: its shards are computed again elsewhere. Here the
+scheduler is asked to give it nothing more; then it is waited for what it computes; then its other
+tasks go to other workers. Nothing is lost without it, but time.
 """
 
 import argparse
@@ -63,9 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.scheduler or not options.name:
         parser.error("give --scheduler and --name (or DASK_SCHEDULER_ADDRESS and POD_NAME)")
     try:
-        print(retire(options.scheduler, options.name, options.patience))
+        sys.stdout.write(f"{retire(options.scheduler, options.name, options.patience)}\n")
     except OSError as error:
-        print(f"{options.name} is not retired: {error}", file=sys.stderr)
+        sys.stderr.write(f"{options.name} is not retired: {error}\n")
         return 1
     return 0
 
