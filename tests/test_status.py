@@ -1,4 +1,4 @@
-"""`aeheight status` of a store alone: from a folder or an object store, by what the run recorded."""
+"""`aeheight status` of a store alone: of a folder or an object store, by what the run recorded."""
 
 import json
 import os
