@@ -11,13 +11,14 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from aeheight import __version__
 from aeheight.cluster import QUIET_THREADS, Connection
 from aeheight.errors import InputError
 from aeheight.progress import describe_run, served
-from aeheight.settings import load_region
+from aeheight.settings import RegionSettings, load_region
 
 DONE, UNFINISHED, BAD_INPUT = 0, 1, 2
 
@@ -30,7 +31,7 @@ _VERBS = {
     "export": "a finished map to files that every GIS opens: COGs, STAC, pictures",
     "view": "a finished export as a map in the browser, served to this machine",
     "run": "all steps in order; what is done is skipped",
-    "status": "what is done and what is left",
+    "status": "what is done and what is left; of a store alone, too, from anywhere",
     "verify": "read every finished shard again and compare its checksum",
 }
 _COMPARE = "the reports of two runs side by side"
@@ -44,6 +45,7 @@ examples:
   aeheight export region.yaml                         a finished map as GeoTIFFs
   aeheight view region.yaml                           those, as a map in the browser
   aeheight compare region.yaml runs/other             two reports side by side
+  aeheight status s3://bucket/run                     how far a run is, from anywhere
 
 exit codes: 0 done; 1 shards failed, or interrupted: run again to go on; 2 bad input
 """
@@ -61,7 +63,12 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, summary in _VERBS.items():
         command = verbs.add_parser(verb, help=summary, description=summary.capitalize() + ".")
-        command.add_argument("region", metavar="REGION.yaml", help="the region file")
+        if verb == "status":
+            command.add_argument(
+                "region", metavar="PLACE", help="a region file, or a run's store: a folder or URI"
+            )
+        else:
+            command.add_argument("region", metavar="REGION.yaml", help="the region file")
         command.add_argument(
             "--set",
             action="append",
@@ -224,7 +231,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _dispatch(arguments: argparse.Namespace) -> int:
     if arguments.verb == "compare":
         return _compare(arguments)
-    settings = load_region(arguments.region, arguments.overrides)
+    settings = _settings(arguments)
     # Heavy libraries load only once the region file is known to be good.
     os.environ |= {key: os.environ.get(key, value) for key, value in QUIET_THREADS.items()}
     from aeheight.steps import pipeline  # noqa: PLC0415
@@ -258,6 +265,18 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         if verb == "calibrate":
             return pipeline.calibrate(run, arguments.points, say, plan=planning)
         return pipeline.execute(run, steps, say)
+
+
+def _settings(arguments: argparse.Namespace) -> RegionSettings:
+    """Of the region file; `status` takes them from a store, too."""
+    place = arguments.region
+    if arguments.verb != "status" or place.endswith((".yaml", ".yml")) or Path(place).is_file():
+        return load_region(place, arguments.overrides)
+    if arguments.overrides:
+        raise InputError(f"--set changes settings of a region file, and {place} is a store")
+    from aeheight.steps.stored import stored_settings  # noqa: PLC0415
+
+    return stored_settings(place)
 
 
 def _connection(arguments: argparse.Namespace) -> Connection:

@@ -478,6 +478,8 @@ def _plain(doing: str, error: Exception) -> Exception:
         return InputError(f"cannot {doing}: {said or 'no right to'}; {_remedy(doing, code)}")
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"cannot {doing}: there is none")
+    if "Unable to recognise URL" in text:
+        return InputError(f"cannot {doing}: no such kind of store; name a folder, or s3:, gs:, az:")
     hint = "; is the store up, and its address right?" if "error sending request" in text else ""
     return OSError(f"cannot {doing}: {text.splitlines()[0].strip()}{hint}")
 

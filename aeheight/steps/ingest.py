@@ -37,6 +37,7 @@ from aeheight.steps.run import (
     refuse_other_meaning,
     sources_asked,
 )
+from aeheight.steps.stored import TITLE
 from aeheight.store import Store
 from aeheight.template import Layer, Shard, Template
 from aeheight.windows import Region, whole
@@ -65,7 +66,7 @@ def template(settings: RegionSettings, sources: Sources) -> Template:
         tuple(layers),
         settings.embeddings.years,
         settings.cube,
-        f"aeheight cube of {settings.name}",
+        f"{TITLE}{settings.name}",
         tuple(runs) if any(run is not None for run in runs) else (),
     )
 

@@ -75,12 +75,13 @@ def tiles(year: int, count: int, zone: int) -> Iterator[dict[str, Any]]:
             "year": year,
             "crs": crs,
             "utm_zone": f"{place}N",
-            **_sides("utm", utm),
-            **_sides("wgs84", reproject_bounds(utm, crs, "EPSG:4326")),
+            **sides_of("utm", utm),
+            **sides_of("wgs84", reproject_bounds(utm, crs, "EPSG:4326")),
         }
 
 
-def _sides(kind: str, bounds: Bounds) -> dict[str, float]:
+def sides_of(kind: str, bounds: Bounds) -> dict[str, float]:
+    """Columns of a box: `utm_west` and so on."""
     return {f"{kind}_{side}": value for side, value in zip(SIDES, bounds, strict=True)}
 
 
