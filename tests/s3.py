@@ -55,23 +55,23 @@ class Server:
 
 
 @contextlib.contextmanager
-def server(folder: Path) -> Iterator[Server]:
-    """Start one, or skip the test that asks for it."""
+def server(folder: Path, host: str = "127.0.0.1") -> Iterator[Server]:
+    """Start one at an address of this machine, or skip the test that asks for it."""
     if all(shutil.which(program) for program in (*_PROGRAMS, "radosgw-admin")):
-        with _ceph(folder) as url:
+        with _ceph(folder, host) as url:
             yield Server(url, checks_signatures=True)
     elif importlib.util.find_spec("moto") and importlib.util.find_spec("flask"):
-        with _moto() as url:
+        with _moto(host) as url:
             yield Server(url, checks_signatures=False)
     else:
         pytest.skip("needs an S3 server: apt install radosgw ceph-mon ceph-osd ceph-common")
 
 
 @contextlib.contextmanager
-def _moto() -> Iterator[str]:
+def _moto(host: str) -> Iterator[str]:
     from moto.server import ThreadedMotoServer  # noqa: PLC0415 (an option)
 
-    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    moto = ThreadedMotoServer(host, 0, verbose=False)
     moto.start()
     host, port = moto.get_host_and_port()
     try:
@@ -82,23 +82,24 @@ def _moto() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _ceph(folder: Path) -> Iterator[str]:
+def _ceph(folder: Path, host: str) -> Iterator[str]:
     """One monitor, one store in memory and one gateway; they end with the block."""
     for name in ("mon", "osd", "rgw", "run"):
         (folder / name).mkdir(parents=True)
     port, ceph = _free_port(), _Ceph(folder)
-    ceph.configure(port)
+    url = f"http://{host}:{port}"
+    ceph.configure(f"{host}:{port}")
     with contextlib.ExitStack() as started:
         started.callback(ceph.stop)
         ceph.monitor()
         ceph.disk()
         ceph("radosgw", "-n", "client.rgw.x")
-        _wait(f"http://127.0.0.1:{port}", 60)
+        _wait(url, 60)
         user = ("user", "create", "--uid=t", "--display-name=t")
         keys = (f"--access-key={KEY}", f"--secret={SECRET}")
         ceph("radosgw-admin", "-n", "client.rgw.x", *user, *keys)
-        _make_bucket(f"http://127.0.0.1:{port}")
-        yield f"http://127.0.0.1:{port}"
+        _make_bucket(url)
+        yield url
 
 
 class _Ceph:
@@ -117,7 +118,7 @@ class _Ceph:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
         return done.stdout
 
-    def configure(self, gateway: int) -> None:
+    def configure(self, gateway: str) -> None:
         at = self.folder
         (at / "ceph.conf").write_text(f"""
 [global]
@@ -150,7 +151,7 @@ osd objectstore = memstore
 memstore device bytes = 2147483648
 [client.rgw.x]
 rgw data = {at}/rgw
-rgw frontends = beast endpoint=127.0.0.1:{gateway} tcp_nodelay=1
+rgw frontends = beast endpoint={gateway} tcp_nodelay=1
 rgw thread pool size = 32
 """)
 
