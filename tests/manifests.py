@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +18,7 @@ OVERLAYS = {path.name: path for path in sorted((DEPLOY / "overlays").iterdir())}
 RENDERED = {"base": BASE, **OVERLAYS, "reduced": REDUCED}
 """Every folder that somebody applies."""
 KUBECTL = shutil.which("kubectl") is not None
+needs_kubectl = pytest.mark.skipif(not KUBECTL, reason="no kubectl here")
 
 Object = dict[str, Any]
 
@@ -44,6 +46,12 @@ class Pod:
     def ours(self) -> bool:
         """Whether it runs aeheight's image."""
         return "aeheight" in self.main["image"]
+
+
+def arguments(pod: Pod) -> list[str]:
+    """Of the pod's container."""
+    found: list[str] = pod.main["args"]
+    return found
 
 
 @cache
@@ -92,6 +100,10 @@ def assemble(folder: Path) -> list[Object]:
 def rendered(folder: Path) -> list[Object]:
     """A folder's objects; the base's also where there is no kubectl."""
     return kustomize(folder) if KUBECTL else assemble(folder)
+
+
+def overlay(name: str) -> list[Object]:
+    return kustomize(OVERLAYS[name])
 
 
 def pods(objects: list[Object]) -> list[Pod]:
@@ -154,3 +166,53 @@ def quantity(text: str | int) -> float:
     text = str(text)
     unit = next((u for u in units if text.endswith(u)), "")
     return float(text.removesuffix(unit)) * units.get(unit, 1)
+
+
+def chooses(selector: Object, labels: dict[str, str]) -> bool:
+    """Whether a label selector chooses a pod."""
+    known = {"matchLabels", "matchExpressions"}
+    assert set(selector) <= known
+    expressions = selector.get("matchExpressions", [])
+    assert all(e["operator"] == "In" for e in expressions)
+    return selector.get("matchLabels", {}).items() <= labels.items() and all(
+        labels.get(e["key"]) in e["values"] for e in expressions
+    )
+
+
+def ways(objects: list[Object], direction: str, pod: dict[str, str]) -> list[Object] | None:
+    """The rules of all policies that choose a pod; None: it may do anything."""
+    policies = [
+        o["spec"]
+        for o in of_kind(objects, "NetworkPolicy")
+        if chooses(o["spec"]["podSelector"], pod) and direction in o["spec"]["policyTypes"]
+    ]
+    if not policies:
+        return None
+    return [rule for spec in policies for rule in spec.get(direction.lower(), [])]
+
+
+def allowed(
+    rules: list[Object] | None, peer: dict[str, str] | None, space: dict[str, str], port: int
+) -> bool:
+    """Whether rules let a peer through: a pod of this namespace, of another, or an address."""
+    if rules is None:
+        return True
+    for rule in rules:
+        peers = rule.get("from", rule.get("to"))
+        near = peer is not None and not space
+        met = peers is None or any(
+            (near and chooses(p["podSelector"], peer))
+            if "podSelector" in p
+            else bool(space) and chooses(p["namespaceSelector"], space)
+            for p in peers
+        )
+        if met and any(p["port"] == port for p in rule["ports"]):
+            return True
+    return False
+
+
+ROLES = {
+    role: {"app.kubernetes.io/name": "aeheight", "app.kubernetes.io/component": role}
+    for role in ("scheduler", "worker", "driver")
+}
+"""Labels of each role's pods."""
