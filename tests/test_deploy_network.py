@@ -97,9 +97,12 @@ def deployed(folder: Path, port: int) -> dict[str, str]:
     """The base's shared settings, for processes here."""
     moved = {
         "/etc/aeheight-tls": str(folder),
+        "/etc/aeheight-dask": str(folder / "dask"),
         "aeheight-scheduler:8786": f"127.0.0.1:{port}",
         "/tmp/numba": str(folder / "numba"),
     }
+    (folder / "dask").mkdir()
+    shutil.copy(BASE / "logging.yaml", folder / "dask")
     found = config(rendered(BASE), "aeheight-dask")
     for old, new in moved.items():
         found = {name: value.replace(old, new) for name, value in found.items()}
