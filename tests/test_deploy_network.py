@@ -142,13 +142,18 @@ def test_processes_with_the_bases_settings_meet_over_tls_alone(certificates, tmp
             [*call, address], env=env, capture_output=True, text=True, check=False, timeout=90
         )
         assert done.stdout == "3\n", done.stderr
-        stranger = {k: v for k, v in env.items() if "TLS__CLIENT" not in k}
+        elsewhere = {"TLS__CLIENT__CERT": "tls.crt", "TLS__CLIENT__KEY": "tls.key"}
+        subprocess.run([DEPLOY / "certificates", tmp_path], capture_output=True, check=True)
+        stranger = {f"DASK_DISTRIBUTED__COMM__{k}": f"{tmp_path}/{v}" for k, v in elsewhere.items()}
         plain = address.replace("tls:", "tcp:")
-        for address_of, environ in ((address, stranger), (plain, os.environ)):
+        for where, changed, why in ((address, stranger, "unknown ca"), (plain, {}, "connect")):
+            encrypted = {"DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION": str(bool(changed))}
             refused = subprocess.run(
-                [*call, address_of], env=environ, capture_output=True, check=False, timeout=90
-            )
+                [*call, where], env=env | changed | encrypted, capture_output=True, check=False,
+                timeout=90,
+            )  # fmt: skip
             assert refused.returncode == 1
+            assert why in refused.stderr.decode()
     finally:
         for process in running:
             process.kill()
