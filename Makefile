@@ -41,4 +41,6 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): PyTorch is large, this takes some minutes the first time."
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+# Only the definitions of its resources are read (tests/test_deploy_operator.py): no part of the environment.
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/dask-operator --upgrade dask-kubernetes==2026.3.0
 	@touch $@
