@@ -480,8 +480,9 @@ def _plain(doing: str, error: Exception) -> Exception:
         return FileNotFoundError(f"cannot {doing}: there is none")
     if "Unable to recognise URL" in text:
         return InputError(f"cannot {doing}: no such kind of store; name a folder, or s3:, gs:, az:")
-    hint = "; is the store up, and its address right?" if "error sending request" in text else ""
-    return OSError(f"cannot {doing}: {text.splitlines()[0].strip()}{hint}")
+    hint = "; is the store up, and its address right?"
+    asks = "error sending request" in text and hint not in text
+    return OSError(f"cannot {doing}: {text.splitlines()[0].strip()}" + hint * asks)
 
 
 def _remedy(doing: str, code: str) -> str:

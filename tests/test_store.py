@@ -160,7 +160,7 @@ def test_no_right_to_write(tmp_path: Path) -> None:
 
 
 def test_a_scheme_that_nothing_knows() -> None:
-    with pytest.raises(OSError, match="cannot") as caught:
+    with pytest.raises(InputError, match="no such kind of store") as caught:
         Store.at("nowhere://bucket/prefix").read("k")
     one_line(caught.value, "nowhere://bucket/prefix")
 

@@ -186,6 +186,25 @@ def test_every_line_of_a_log_is_json(cluster):
     assert any("in two lines" in told["message"] for told in warned)
 
 
+def test_a_driver_can_still_silence_dask_alone(tmp_path):
+    program = (
+        "import logging, distributed.utils as u\n"
+        "with u.silence_logging_cmgr(logging.CRITICAL):\n"
+        "    logging.getLogger('distributed.core').error('Dask')\n"
+        "    logging.getLogger('aeheight').error('ours')\n"
+    )
+    (tmp_path / SETTINGS.name).symlink_to(SETTINGS)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"DASK_CONFIG": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (line,) = done.stderr.splitlines()
+    assert json.loads(line)["message"] == "ours"
+
+
 # --- the dashboard ------------------------------------------------------------------------------
 
 

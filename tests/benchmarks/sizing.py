@@ -4,14 +4,15 @@
         [--price-cpu-hour 0.04] [--price-gpu-hour 2.5] [--price-gb-month 0.02]
 
 Shards, bytes and memory are what `--plan` of each step says of a square of that area at 45° north
-(km², one year, pixels of 10 m, across UTM zones where it is that wide). The plans are real, what they
-plan is made up: an index of embedding tiles, rasters that are headers alone (a height model of cells
-of one degree, 30 m, as reference and as prior), and receipts without shards. No pixel is read.
+(km², one year, pixels of 10 m, across UTM zones where it is that wide). The plans are real; what
+they plan is made up: an index of embedding tiles, rasters that are headers alone (a height model
+in cells of one degree, 30 m, as reference and as prior), and receipts without shards. No pixel is
+read.
 
-Hours are these figures times the rates of RESULTS.md, in hours of one CPU core: for others, measure
-yours. The pixels a second of a GPU are an ASSUMPTION until `aeheight predict --plan` has timed yours:
-no figure of a GPU was measured. Money is hours and store times your prices, and nothing else:
-requests, traffic and idle nodes are not in it. All prices have the same currency: yours.
+Hours are these figures times the rates of RESULTS.md, in hours of one core of that machine, with
+sources and store on its disk: measure yours. The pixels a second of a GPU are an ASSUMPTION, since
+none was measured; `aeheight predict --plan` times the GPUs that are there. Money is hours and store
+times your prices, in your currency: requests, traffic and idle nodes are not in it.
 """
 
 import argparse
@@ -32,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import rasterio
 import yaml
-from rasterio.transform import from_origin
+from affine import Affine
 
 from aeheight.cube import create
 from aeheight.grid import Bounds, reproject_bounds
@@ -116,6 +117,7 @@ def _options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def size(folder: Path, area: float) -> Sized:
     """Plan every step of a square, each after a pretence that the one before is done."""
+    folder.mkdir(exist_ok=True)
     run = Run(load_region(write_region(folder, square(area)), []))
     facts: dict[str, Mapping[str, Any]] = {}
     seconds: dict[str, float] = {}
@@ -208,7 +210,7 @@ def write_header(path: Path, west: int, south: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with rasterio.open(
         path, "w", driver="GTiff", count=1, height=3600, width=3600, dtype="float32",
-        crs="EPSG:4326", transform=from_origin(west, south + 1, 1 / 3600, 1 / 3600),
+        crs="EPSG:4326", transform=Affine(1 / 3600, 0, west, 0, -1 / 3600, south + 1),
         nodata=-32768, tiled=True, blockxsize=512, blockysize=512, SPARSE_OK="TRUE",
     ):  # fmt: skip
         pass
