@@ -363,7 +363,7 @@ def test_damage_is_found_and_mended(done, tmp_path, workers):
     damaged[2].write_bytes(data[2].replace(b"2022", b"2023", 1))
     result = run_here("verify", twin.path, *workers)
     assert result.code == 1
-    assert "export    12 shards checked, 3 damaged" in result.out
+    assert "export    13 shards checked, 3 damaged" in result.out
     assert all(path.name in result.out for path in damaged)
     assert "is missing" in result.out
     result = run_here("verify", twin.path, *workers, "--repair")
@@ -445,6 +445,8 @@ def test_receipts_know_what_a_tile_was_made_from(done):
         "export": {"map": "heights", "tile": 80, "block": 128, "compress": "deflate"},
         "map": tree.identity,
     }
-    for receipt in ledger.receipts(ledger.done()):
+    done_ = dict.fromkeys(ledger.done())
+    del done_["catalogue/once/static/r0000000-c0000000-1x1"]
+    for receipt in ledger.receipts(done_):
         assert set(receipt.further) == {*LAYERS[1:], "item"}
         assert receipt.inputs
