@@ -114,6 +114,6 @@ def _facts(checkpoint: "Checkpoint") -> Mapping[str, Any]:
         "parameters": sum(tensor.numel() for tensor in checkpoint.weights.values()),
         "years": checkpoint.provenance.years,
         "hyperparameters": model.model_dump(mode="json", exclude={"architecture"})
-        | {"base": checkpoint.base},
+        | {"base": checkpoint.base, "trust": checkpoint.trust.to_dict()},
         "torch": version("torch"),
     }
