@@ -137,7 +137,9 @@ def classes(
         chosen = [(label(row, unit), row) for row in rows if row.get("split") == split]
         if (chosen or name in asked) and (name != "zone" or len(chosen) > 1):
             longest = max((row["rmse"] for _, row in chosen if _tells(row)), default=0) or 1
-            found = [(lab, _figures(row, known.get(lab), longest)) for lab, row in chosen]
+            found: list[tuple[str, Mapping[str, Any]]] = [
+                (lab, _figures(row, known.get(lab), longest)) for lab, row in chosen
+            ]
             classed = sum(row["n"] for _, row in chosen)
             if name in asked and judged > classed:
                 found.append(("in no class", {"n": judged - classed}))
