@@ -30,7 +30,6 @@ from aeheight.connection import (
     software,
 )
 from aeheight.crew import Crew, Key, least_memory
-from aeheight.errors import InputError
 from aeheight.progress import Progress, clock
 from aeheight.receipts import Receipt
 from aeheight.settings import Device

@@ -1,4 +1,4 @@
-"""Reaching a given scheduler: its address, our certificates, and what is wrong where it is silent."""
+"""Reaching a given scheduler: its address, our certificates, and what is wrong if it is silent."""
 
 import ssl
 from collections.abc import Iterator
@@ -60,7 +60,7 @@ def _remedy(scheduler: str, error: BaseException) -> str | None:
                 return f"{_variable('ca-file')} must name the CA that signed the scheduler's"
             case ssl.SSLError(reason="WRONG_VERSION_NUMBER") | ValueError():
                 # Tornado's ValueError where the other side has greeted us first, in plain words.
-                return f"it does not speak TLS: try {scheduler.replace('tls://', 'tcp://')}"
+                return f"it does not speak TLS: try tcp://{parse_address(scheduler)[1]}"
             case ssl.SSLError() | ConnectionResetError() if encrypted:
                 variable = _variable("client.cert")
                 return f"it hung up, as on a certificate of another CA than its own: see {variable}"
@@ -70,7 +70,7 @@ def _remedy(scheduler: str, error: BaseException) -> str | None:
 
 
 def _as_tls(scheduler: str) -> str:
-    return f"tls://{scheduler.split('://')[-1]}"
+    return f"tls://{parse_address(scheduler)[1]}"
 
 
 def _check(scheduler: str, *, encrypted: bool) -> None:

@@ -27,13 +27,20 @@ def lacking() -> str | None:
     if missing := [tool for tool in _TOOLS if shutil.which(tool) is None]:
         return f"needs {', '.join(missing)}"
     probe = f"{_PREFIX}{os.getpid()}-probe"
-    tried = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
-    subprocess.run(["ip", "netns", "del", probe], capture_output=True)
-    return f"no network namespace: {tried.stderr.strip()}" if tried.returncode else None
+    try:
+        _ip("netns", "add", probe)
+    except subprocess.CalledProcessError as error:
+        return f"no network namespace can be made: {error.stderr.strip()}"
+    _remove(probe)
+    return None
 
 
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
+def _ip(*words: str) -> str:
+    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
+
+
+def _remove(namespace: str) -> None:
+    subprocess.run(["ip", "netns", "del", namespace], check=False, capture_output=True)
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ def network(*names: str) -> Iterator[dict[str, Host]]:
         yield hosts
     finally:
         for namespace in made:
-            subprocess.run(["ip", "netns", "del", namespace], capture_output=True)
+            _remove(namespace)
 
 
 def _attach(host: Host) -> None:
@@ -93,12 +100,11 @@ def _attach(host: Host) -> None:
 
 def _sweep() -> None:
     """Remove what tests that were killed left behind."""
-    there = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
-    for line in there.splitlines():
+    for line in _ip("netns", "list").splitlines():
         name = line.split()[0]
         process = name.removeprefix(_PREFIX).split("-")[0]
         if name.startswith(_PREFIX) and process.isdecimal() and not Path("/proc", process).exists():
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+            _remove(name)
 
 
 def certificates(folder: Path) -> Path:

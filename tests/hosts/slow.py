@@ -12,11 +12,13 @@ from typing import Any
 
 from distributed import get_worker
 
-import aeheight.steps.predict  # takes seconds: now, and not in the first task
 from aeheight import cluster
 from aeheight.cube import Tree
+from aeheight.steps import ingest, predict
 from aeheight.template import Shard
 
+STEPS = (ingest, predict)
+"""Loaded now, which takes seconds, and not in the first task."""
 FOLDER = Path(os.environ["SLOW_FOLDER"])
 
 
