@@ -13,9 +13,10 @@ import pytest
 
 from aeheight import __version__
 from pipelines.fault_runs import differing
+from pipelines.world import World
 from tests.hosts.network import certificates, lacking, tls
 from tests.hosts.site import ROOT, TTL, WORKERS, Command, Site, site, wait_for
-from tests.runs import Region, Regions, copied
+from tests.runs import Region, Regions, believe, copied, run_here, small_settings
 
 _LACKING = lacking()
 pytestmark = [
@@ -33,10 +34,22 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         yield there
 
 
+@pytest.fixture(scope="module")
+def sound(world: World, tmp_path_factory: pytest.TempPathFactory) -> Region:
+    """A map that workers of this machine made; tests must leave it as it is."""
+    region = Regions(tmp_path_factory.mktemp("sound"), small_settings(world)).write("sound")
+    for verb in ("ingest", "train", "predict"):
+        result = run_here(verb, region.path, "--workers", "2")
+        assert result.code == 0, result.err
+        if verb == "train":
+            believe(region)
+    return region
+
+
 @pytest.fixture
-def unmapped(regions: Regions, small_run: Region) -> Region:
-    """The small run without its map."""
-    region = copied(small_run, regions)
+def unmapped(regions: Regions, sound: Region) -> Region:
+    """The same without its map."""
+    region = copied(sound, regions)
     for made in (region.heights, region.store / "heights.receipts"):
         shutil.rmtree(made)
     return region
@@ -88,14 +101,14 @@ def refused(command: Command, *words: str, code: int = 2) -> str:
 # --- nothing happens ----------------------------------------------------------------------------
 
 
-def test_undisturbed(hosts: Site, unmapped: Region, small_run: Region) -> None:
+def test_undisturbed(hosts: Site, unmapped: Region, sound: Region) -> None:
     """The bytes that workers of this machine make."""
     began = time.monotonic()
     hosts.whole()
     tell("scheduler and three workers up", began)
     hosts.dwell(0)
     driver = hosts.drive("predict", unmapped.path)
-    finished(driver, unmapped, small_run)
+    finished(driver, unmapped, sound)
     tell("undisturbed map", driver.began)
     assert set(hosts.noted("begin").values()) == {1}
 
@@ -103,76 +116,63 @@ def test_undisturbed(hosts: Site, unmapped: Region, small_run: Region) -> None:
 # --- workers ------------------------------------------------------------------------------------
 
 
-def test_a_worker_is_killed(hosts: Site, unmapped: Region, small_run: Region) -> None:
+def test_a_worker_is_killed(hosts: Site, unmapped: Region, sound: Region) -> None:
     hosts.whole().dwell(DWELL)
     driver = begun(hosts, unmapped)
     hosts.running["one"].kill()
     struck = time.monotonic()
-    finished(driver, unmapped, small_run)
+    finished(driver, unmapped, sound)
     tell("a worker killed -9, to the end of the map", struck)
     assert set(hosts.noted("end")) == set(hosts.noted("begin"))
 
 
-def test_a_worker_is_told_to_stop(hosts: Site, unmapped: Region, small_run: Region) -> None:
-    """SIGTERM alone: what it was computing is computed elsewhere."""
+def test_workers_are_told_to_stop(hosts: Site, unmapped: Region, sound: Region) -> None:
+    """One has retired before: what it begun is done once. What the other begun, elsewhere again."""
     hosts.whole().dwell(DWELL)
     driver = begun(hosts, unmapped)
     hosts.running["two"].process.send_signal(signal.SIGTERM)
     struck = time.monotonic()
-    hosts.running["two"].end()
-    tell("a worker ended by SIGTERM", struck)
-    finished(driver, unmapped, small_run)
-    tell("a worker ended by SIGTERM, to the end of the map", struck)
-
-
-def test_a_worker_retires_first(hosts: Site, unmapped: Region, small_run: Region) -> None:
-    """Then no shard is computed twice."""
-    hosts.whole().dwell(DWELL)
-    driver = begun(hosts, unmapped)
-    struck = time.monotonic()
-    told = hosts.start(
-        "three", "aeheight.retire", "--scheduler", hosts.address, "--name", "three"
-    ).end()
+    words = ("--scheduler", hosts.address, "--name", "three")
+    told = hosts.start("three", "aeheight.retire", *words).end()
     assert told == (0, "three is retired\n")
     tell("retired", struck)
-    before = hosts.noted("begin", "three")
-    assert hosts.noted("end", "three") == before
+    retired, lost = hosts.noted("begin", "three"), hosts.noted("begin", "two")
+    assert hosts.noted("end", "three") == retired
     hosts.running["three"].process.send_signal(signal.SIGTERM)
-    hosts.running["three"].end()
-    finished(driver, unmapped, small_run)
-    assert hosts.noted("begin", "three") == before
-    assert set(hosts.noted("begin").values()) == {1}
+    finished(driver, unmapped, sound)
+    tell("a worker ended by SIGTERM, another after it had retired, to the end of the map", struck)
+    assert hosts.noted("begin", "three") == retired
+    again = {shard for shard, count in hosts.noted("begin").items() if count > 1}
+    assert again <= set(lost)
+    for name in ("two", "three"):
+        hosts.running[name].end()
 
 
-@pytest.mark.parametrize("how", ["cut off", "frozen"])
-def test_a_silent_worker(hosts: Site, unmapped: Region, small_run: Region, how: str) -> None:
-    """Its shards go elsewhere once it has been silent for the time it may; and it comes back."""
+def test_silent_workers(hosts: Site, unmapped: Region, sound: Region) -> None:
+    """One frozen, one cut off: their shards go to the third; what comes back does no harm."""
     hosts.whole().dwell(DWELL)
     driver = begun(hosts, unmapped)
-    worker = hosts.running["one"]
-    if how == "frozen":
-        worker.process.send_signal(signal.SIGSTOP)
-    else:
-        hosts.hosts["one"].cut()
+    frozen, cut = hosts.running["one"], hosts.running["two"]
+    frozen.process.send_signal(signal.SIGSTOP)
+    hosts.hosts["two"].cut()
     struck = time.monotonic()
     try:
-        finished(driver, unmapped, small_run)
-        tell(f"a worker {how} (TTL {TTL} s), to the end of the map", struck)
+        finished(driver, unmapped, sound)
+        tell(f"a worker frozen and one cut off (TTL {TTL} s), to the end of the map", struck)
         assert time.monotonic() - struck < 4 * TTL
     finally:
-        worker.process.send_signal(signal.SIGCONT)
-        hosts.hosts["one"].plug()
+        frozen.process.send_signal(signal.SIGCONT)
+        hosts.hosts["two"].plug()
     struck = time.monotonic()
-    wait_for(lambda: worker.said().count("Registered to:") > 1 or not worker.alive(), "its return")
-    tell(f"it {'came back' if worker.alive() else 'ended'} after", struck)
-    time.sleep(1)  # what it still holds does no harm
-    same_map(unmapped, small_run)
+    wait_for(lambda: not frozen.alive() and not cut.alive(), "their end")
+    tell("both back, and ended, for others to start them again", struck)
+    same_map(unmapped, sound)
 
 
 # --- scheduler and driver -----------------------------------------------------------------------
 
 
-def test_the_scheduler_is_lost(hosts: Site, unmapped: Region, small_run: Region) -> None:
+def test_the_scheduler_is_lost(hosts: Site, unmapped: Region, sound: Region) -> None:
     hosts.whole().dwell(DWELL)
     driver = begun(hosts, unmapped)
     hosts.running["scheduler"].kill()
@@ -183,60 +183,81 @@ def test_the_scheduler_is_lost(hosts: Site, unmapped: Region, small_run: Region)
     done = len(unmapped.receipts("heights"))
     hosts.whole().dwell(0)
     tell("scheduler and workers are there again", struck)
-    finished(hosts.drive("predict", unmapped.path), unmapped, small_run, SHARDS - done)
+    finished(hosts.drive("predict", unmapped.path), unmapped, sound, SHARDS - done)
     tell("the same command went on to the end of the map", struck)
 
 
-def test_the_driver_is_killed(hosts: Site, unmapped: Region, small_run: Region) -> None:
+def test_the_driver_is_killed(hosts: Site, unmapped: Region, sound: Region) -> None:
     hosts.whole().dwell(DWELL)
     begun(hosts, unmapped).kill()
     struck = time.monotonic()
     driver = hosts.drive("predict", unmapped.path)
     code, said = driver.end()
     assert code == 0, said
-    same_map(unmapped, small_run)
+    same_map(unmapped, sound)
     tell("a driver killed -9 and run again, to the end of the map", struck)
+
+
+def test_the_driver_is_cut_off(hosts: Site, unmapped: Region, sound: Region) -> None:
+    hosts.whole().dwell(DWELL)
+    driver = begun(hosts, unmapped)
+    hosts.hosts["driver"].cut()
+    struck = time.monotonic()
+    try:
+        refused(driver, "run again", code=1)
+    finally:
+        hosts.hosts["driver"].plug()
+    tell("a driver cut off, ended after", struck)
+    hosts.dwell(0)
+    assert hosts.drive("predict", unmapped.path).end()[0] == 0
+    same_map(unmapped, sound)
 
 
 # --- who is refused -----------------------------------------------------------------------------
 
 
-def test_without_a_certificate(hosts: Site, unmapped: Region) -> None:
+@pytest.fixture
+def fresh(regions: Regions) -> Region:
+    """A region without anything made yet."""
+    return regions.write("fresh")
+
+
+def test_without_a_certificate(hosts: Site, fresh: Region) -> None:
     hosts.whole()
     bare = dict.fromkeys(tls(Path()))
-    refused(hosts.drive("predict", unmapped.path, env=bare), "TLS", "CERT", hosts.address)
+    refused(hosts.drive("ingest", fresh.path, env=bare), "TLS", "CERT", hosts.address)
 
 
-def test_with_a_certificate_that_is_not_there(hosts: Site, unmapped: Region) -> None:
-    refused(hosts.drive("predict", unmapped.path, env=tls(Path("/nowhere"))), "/nowhere/ca.crt")
+def test_with_a_certificate_that_is_not_there(hosts: Site, fresh: Region) -> None:
+    refused(hosts.drive("ingest", fresh.path, env=tls(Path("/nowhere"))), "/nowhere/ca.crt")
 
 
-def test_without_encryption(hosts: Site, unmapped: Region) -> None:
+def test_without_encryption(hosts: Site, fresh: Region) -> None:
     """Whether the driver's settings ask for it or not."""
     plain = hosts.whole().address.replace("tls", "tcp")
-    words = ("predict", unmapped.path, "--scheduler", plain)
+    words = ("ingest", fresh.path, "--scheduler", plain)
     refused(hosts.drive(*words), "is not encrypted", hosts.address)
     bare = dict.fromkeys(tls(Path()))
     refused(hosts.drive(*words, env=bare), "no Dask scheduler answers", f"try {hosts.address}")
 
 
 def test_with_a_certificate_of_another_authority(
-    hosts: Site, unmapped: Region, tmp_path: Path
+    hosts: Site, fresh: Region, tmp_path: Path
 ) -> None:
     foreign = certificates(tmp_path / "tls")
     env = tls(foreign) | {"DASK_DISTRIBUTED__COMM__TLS__CA_FILE": str(hosts.secrets / "ca.crt")}
-    refused(hosts.whole().drive("predict", unmapped.path, env=env), "of another CA")
+    refused(hosts.whole().drive("ingest", fresh.path, env=env), "of another CA")
 
 
-def test_a_worker_of_another_version(hosts: Site, unmapped: Region, tmp_path: Path) -> None:
+def test_a_worker_of_another_version(hosts: Site, fresh: Region, tmp_path: Path) -> None:
     code = "import aeheight\naeheight.__version__ = '0.0.9'"
     (tmp_path / "sitecustomize.py").write_text(code)
     hosts.whole().running["one"].kill()
     hosts.start_worker("one", env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
     wait_for(lambda: hosts.joined("one"), "the worker of another version")
-    driver = hosts.drive("predict", unmapped.path)
+    driver = hosts.drive("ingest", fresh.path)
     try:
         refused(driver, "has aeheight 0.0.9, ", f"the driver has aeheight {__version__}, ")
     finally:
         hosts.running["one"].kill()
-    assert not unmapped.receipts("heights")
+    assert not fresh.receipts("cube")
