@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test bench-predict lint format clean help
+.PHONY: demo test test-hosts test-kube bench-predict lint format clean help
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -16,6 +16,12 @@ demo: $(READY)  ## a made-up world to a height map and its report, in runs/demo
 # Two processes: each takes up to 6 GB, and starts workers of its own.
 test: $(READY)  ## all tests, with coverage of the library
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
+
+test-hosts: $(READY)  ## several hosts, and what may happen to each (needs root, Linux; minutes)
+	AEHEIGHT_TEST_HOSTS=1 $(BIN)/python -m pytest tests/hosts -s
+
+test-kube: $(READY)  ## a whole run on a cluster (KUBECONFIG), its pods lost one after the other
+	AEHEIGHT_TEST_KUBE=1 $(BIN)/python -m pytest tests/kube -s
 
 bench-predict: $(READY)  ## prediction beside its bounds: the bare network, map_overlap, a million shards
 	$(BIN)/python -m tests.benchmarks.predict

@@ -160,7 +160,9 @@ def _add_workers(command: argparse.ArgumentParser) -> None:
         help="further processes here, one for each GPU (default: all that are visible)",
     )
     command.add_argument(
-        "--scheduler", metavar="ADDRESS", help="a Dask scheduler, such as tcp://host:8786"
+        "--scheduler",
+        metavar="ADDRESS",
+        help="a Dask scheduler, tcp://host:8786 or tls://host:8786",
     )
     command.add_argument(
         "--metrics-port",
@@ -280,20 +282,20 @@ def _settings(arguments: argparse.Namespace) -> RegionSettings:
 
 
 def _connection(arguments: argparse.Namespace) -> Connection:
-    def announce(address: str, hint: str) -> None:
-        lacking = {"hint": hint} if hint else {}
-        told = (
-            json.dumps({"dashboard": address} | lacking)
-            if arguments.as_json
-            else f"dashboard {address}" + f" ({hint})" * bool(hint)
-        )
+    def tell(facts: dict[str, str], line: str) -> None:
+        told = json.dumps(facts) if arguments.as_json else line
         print(told, file=sys.stderr, flush=True)  # noqa: T201
+
+    def announce(address: str, hint: str) -> None:
+        facts = {"dashboard": address} | ({"hint": hint} if hint else {})
+        tell(facts, f"dashboard {address}" + f" ({hint})" * bool(hint))
 
     return Connection(
         getattr(arguments, "scheduler", None),
         getattr(arguments, "workers", None),
         gpus=getattr(arguments, "gpus", None),
         announce=announce,
+        waiting=lambda what: tell({"waiting": what}, what),
     )
 
 

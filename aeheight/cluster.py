@@ -25,10 +25,11 @@ from aeheight.connection import (
     Connection,
     check_software,
     different_software,
+    gpu_slots,
+    no_gpu,
     software,
 )
-from aeheight.crew import Crew, Key, gpu_slots, least_memory
-from aeheight.errors import InputError
+from aeheight.crew import Crew, Key, least_memory
 from aeheight.progress import Progress, clock
 from aeheight.receipts import Receipt
 from aeheight.settings import Device
@@ -174,11 +175,7 @@ def wants_gpu(client: Client, device: Device) -> bool:
         return False
     there = bool(gpu_slots(client))
     if device == "gpu" and not there:
-        raise InputError(
-            "no worker declares a GPU: start one worker process for each GPU, such as "
-            "`dask worker ADDRESS --nthreads 4 --resources GPU=4`, or compute on CPUs with "
-            "--set predict.device=cpu"
-        )
+        raise no_gpu()
     return there
 
 

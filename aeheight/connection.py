@@ -7,7 +7,8 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,13 +18,13 @@ from dask import config
 from dask.system import CPU_COUNT
 from dask.utils import parse_timedelta
 from distributed import Client, Nanny, Scheduler, SpecCluster
-from distributed.comm.addressing import parse_address
-from distributed.comm.registry import get_backend
 from distributed.diagnostics.plugin import WorkerPlugin
 from distributed.system import MEMORY_LIMIT
 from distributed.utils import silence_logging_cmgr
 
+from aeheight.contact import reach
 from aeheight.errors import InputError
+from aeheight.settings import Device
 
 THREADS = 2
 """Tasks that a worker here runs at a time: one reads or writes while another computes."""
@@ -41,6 +42,8 @@ back to the kernel each time, as is usual, a forward pass took 1.5 times the CPU
 Dask's own setting made an ingest task take 1.7 times."""
 _PRELOADED = ["aeheight.cube", "aeheight.sources"]
 """What every task needs, and takes two seconds to import."""
+_TURN = 0.5
+"""Seconds between two looks for a GPU."""
 _SILENCE = "60s"
 """A worker here that has not been heard of for so long is killed and started anew."""
 QUIET_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -61,24 +64,28 @@ class Connection:
         *,
         gpus: int | None = None,
         announce: Callable[[str, str], None] = lambda address, hint: None,
+        waiting: Callable[[str], None] = lambda what: None,
     ) -> None:
         """Remember where to connect.
 
         Args:
-            scheduler: such as `tcp://host:8786`; None starts a cluster here.
+            scheduler: such as `tcp://host:8786`, or `tls://host:8786` with the certificates of
+                Dask's settings; None starts a cluster here.
             workers: processes here, of two threads each; None is one for every two cores. They
                 share the cores evenly.
-            patience: seconds to wait for the first worker of a given scheduler (and, up to 20, for
-                the scheduler itself).
+            patience: seconds to wait for the first worker of a given scheduler, and for the first
+                with a GPU where one is asked for (and, up to 20, for the scheduler itself).
             gpus: further processes here, one for each GPU; None is all GPUs that are visible.
             announce: told the dashboard's address, and what its pages lack, once the client is
                 open.
+            waiting: told, once each, what is waited for.
         """
         self._scheduler = scheduler
         self._workers = workers or max(CPU_COUNT // 2, 1)
         self._patience = patience
         self._gpus = gpus
         self._announce = announce
+        self._waiting = waiting
         self._opened = ExitStack()
         self._client: Client | None = None
 
@@ -89,17 +96,41 @@ class Connection:
         self._opened.close()
         self._client = None
 
-    def client(self) -> Client:
+    def client(self, device: Device = "cpu") -> Client:
         """The client, the same at every call.
 
+        Args:
+            device: `gpu` waits for a worker that declares one.
+
         Raises:
-            InputError: no scheduler answers at that address, no worker joins it, or their software
-                is not the driver's.
+            InputError: no scheduler answers at that address, no worker joins it, none with a GPU
+                where one is asked for, or their software is not the driver's.
         """
         if self._client is None:
             self._client = self._remote(self._scheduler) if self._scheduler else self._local()
             self._tell(self._client)
+        if device == "gpu":
+            self._await_gpu(self._client)
         return self._client
+
+    def _await_gpu(self, client: Client) -> None:
+        """Wait for a worker with a GPU: its node may have yet to be bought and started."""
+        if gpu_slots(client):
+            return
+        if self._scheduler is None:  # all workers that there will be are there
+            raise no_gpu()
+        self._say("a worker with a GPU", self._scheduler)
+        until = time.monotonic() + self._patience
+        while not gpu_slots(client):
+            if client.status != "running":
+                raise ConnectionError("the scheduler went away while a GPU was waited for")
+            if time.monotonic() > until:
+                raise no_gpu(f" at {self._scheduler} within {self._patience:.0f} s")
+            time.sleep(_TURN)
+        check_software(client)
+
+    def _say(self, what: str, scheduler: str) -> None:
+        self._waiting(f"waiting for {what} at {scheduler}, up to {self._patience:.0f} s")
 
     def _tell(self, client: Client) -> None:
         try:
@@ -134,21 +165,16 @@ class Connection:
         return client
 
     def _remote(self, scheduler: str) -> Client:
-        try:
-            scheme, place = parse_address(scheduler)
-            get_backend(scheme).get_address_host(place)  # refuses what is no address
-            # Dask's own setting may ask for more, where a scheduler's image has yet to be pulled.
-            usual = parse_timedelta(config.get("distributed.comm.timeouts.connect"))
-            client: Client = Client(scheduler, timeout=min(max(20, usual), self._patience))
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"no Dask scheduler answers at {scheduler} ({error}); start one, or leave "
-                "--scheduler out to work on this machine"
-            ) from error
+        # Dask's own setting may ask for more, where a scheduler's image has yet to be pulled.
+        usual = parse_timedelta(config.get("distributed.comm.timeouts.connect"))
+        remedy = "start one, or leave --scheduler out to work on this machine"
+        client = reach(scheduler, min(max(20, usual), self._patience), remedy)
         try:
             # A scheduler that goes away is one message, and not Dask's tracebacks before it.
             self._opened.enter_context(silence_logging_cmgr(logging.CRITICAL))
             self._opened.enter_context(client)
+            if not client.nthreads():
+                self._say("a worker", scheduler)
             client.wait_for_workers(1, timeout=self._patience)
         except TimeoutError as error:
             raise InputError(
@@ -156,6 +182,25 @@ class Connection:
             ) from error
         check_software(client)
         return client
+
+
+def gpu_slots(client: Client) -> dict[str, int]:
+    """Address of every worker that declares the resource GPU, and how much of it."""
+    workers: Mapping[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
+    return {
+        address: int(worker["resources"]["GPU"])
+        for address, worker in workers.items()
+        if worker["resources"].get("GPU", 0) >= 1
+    }
+
+
+def no_gpu(where: str = "") -> InputError:
+    """The error where a GPU is asked for, and no worker declares one."""
+    return InputError(
+        f"no worker declares a GPU{where}: start one worker process for each GPU, such as "
+        "`dask worker ADDRESS --nthreads 4 --resources GPU=4`, or compute on CPUs with "
+        "--set predict.device=cpu"
+    )
 
 
 def _scheduler_spec() -> dict[str, Any]:

@@ -6,6 +6,8 @@ from typing import Any
 
 from distributed import Client
 
+from aeheight.connection import gpu_slots
+
 _REFRESH = 0.5
 """Seconds between two questions of which workers there are."""
 _GONE = 10.0
@@ -121,16 +123,6 @@ class Crew:
         self._since = {
             place: since for place, since in self._since.items() if place[0] not in workers
         }
-
-
-def gpu_slots(client: Client) -> dict[str, int]:
-    """Address of every worker that declares the resource GPU, and how much of it."""
-    workers: Mapping[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
-    return {
-        address: int(worker["resources"]["GPU"])
-        for address, worker in workers.items()
-        if worker["resources"].get("GPU", 0) >= 1
-    }
 
 
 def least_memory(client: Client) -> int | None:

@@ -6,6 +6,8 @@ import re
 import shutil
 import socket
 import subprocess
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from affine import Affine
 from aeheight.receipts import lease
 from aeheight.store import Store
 from tests.runs import STEPS, copied, flip, one_message, same_map, snapshot
+from tests.tasks import local_scheduler, worker_process
 
 # What is done stays done.
 
@@ -84,6 +87,26 @@ def test_the_dashboard_is_named_before_the_work(aeheight, regions):
     said = [json.loads(line) for line in result.err.splitlines()]
     assert said[0]["dashboard"].startswith("http://127.0.0.1:")
     assert said[-1]["left"] == 0
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_what_is_waited_for_is_said(flags, aeheight, regions):
+    """On stderr, before the worker is there."""
+    fresh = regions.write("fresh")
+    with local_scheduler(0) as cluster, ExitStack() as joined:
+        address = cluster.scheduler_address
+        later = threading.Timer(1, lambda: joined.enter_context(worker_process(address)))
+        later.start()
+        result = aeheight("ingest", fresh.path, "--scheduler", address, *flags)
+        later.join()
+    assert result.code == 0
+    told = f"waiting for a worker at {address}, up to 600 s"
+    said = (
+        [json.loads(line).get("waiting") for line in result.err.splitlines()]
+        if flags
+        else (result.err.splitlines())
+    )
+    assert said.count(told) == 1
 
 
 def test_a_port_for_metrics_that_is_taken(aeheight, regions):

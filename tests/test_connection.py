@@ -10,7 +10,7 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
@@ -119,13 +119,58 @@ def test_who_takes_the_tasks(client: Client, tmp_path: Path, device: str, alone:
 
 
 def test_without_gpus(tmp_path: Path) -> None:
-    with local_scheduler(1) as cluster, Connection(cluster.scheduler_address) as connection:
+    """Refused in the end by the connection, and at once by a step that finds them gone."""
+    said: list[str] = []
+    with (
+        local_scheduler(1) as cluster,
+        Connection(cluster.scheduler_address, patience=1, waiting=said.append) as connection,
+    ):
         client = connection.client()
-        with pytest.raises(InputError, match="no worker declares a GPU") as caught:
-            run(client, Task(tmp_path), device="gpu")
-        assert "--resources GPU=4" in str(caught.value)
+        for refuse in (
+            lambda: connection.client("gpu"),
+            lambda: run(client, Task(tmp_path), device="gpu"),
+        ):
+            with pytest.raises(InputError, match="no worker declares a GPU") as caught:
+                refuse()
+            assert "--resources GPU=4" in str(caught.value)
+        assert said == [
+            f"waiting for a worker with a GPU at {cluster.scheduler_address}, up to 1 s"
+        ]
         assert not notes(tmp_path, "begin")
         assert run(client, Task(tmp_path), device="auto")[0].done == 15
+
+
+def test_workers_here_without_gpus_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    said: list[str] = []
+    with (
+        Connection(workers=1, waiting=said.append) as connection,
+        pytest.raises(InputError, match="no worker declares a GPU"),
+    ):
+        connection.client("gpu")
+    assert not said
+
+
+def test_workers_and_gpus_that_join_late(tmp_path: Path) -> None:
+    """Their nodes had yet to be started; the GPU's comes last, and takes all the work."""
+    with ExitStack() as stack:
+        cluster = stack.enter_context(local_scheduler(0))
+        address, said = cluster.scheduler_address, []
+
+        def join(what: str) -> None:
+            said.append(what)
+            resources = ["--resources", "GPU=1"] if "GPU" in what else []
+            stack.enter_context(worker_process(address, *resources))
+
+        connection = stack.enter_context(Connection(address, patience=60, waiting=join))
+        client = connection.client("gpu")
+        assert [what.split(" at ")[0] for what in said] == [
+            "waiting for a worker",
+            "waiting for a worker with a GPU",
+        ]
+        assert connection.client("gpu") is client
+        assert run(client, Task(tmp_path), device="gpu")[0].done == 15
+    assert len({path.read_text().split(" ")[0] for path in tmp_path.glob("*.begin.*")}) == 1
 
 
 @pytest.mark.parametrize(

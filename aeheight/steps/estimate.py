@@ -88,7 +88,7 @@ def pace(
         None where no worker could be timed: no embeddings in the places looked at, or an error
         that the run itself will name.
     """
-    client = run.connection.client()
+    client = run.connection.client(settings.device)
     spots = tuple(shards[k] for k in np.linspace(0, len(shards) - 1, _SPOTS).astype(int))
     timing = _Timing(cube.store.uri, cube.version, settings, spots)
     found = on_each_worker(client, timing, model, settings.device)

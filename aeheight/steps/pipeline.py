@@ -6,7 +6,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from aeheight.cluster import Outcome, Progress, Task, run_shards, wants_gpu
+from aeheight.cluster import Outcome, Progress, Task, run_shards
 from aeheight.cube import Tree, find, open_tree
 from aeheight.errors import InputError, NotYetError
 from aeheight.receipts import Ledger, Receipt, inspect
@@ -88,7 +88,7 @@ def execute(run: Run, steps: Sequence[str], say: Say) -> int:
     with run.held(), run.connection:
         _check(run, steps)
         if "predict" in steps and run.settings.predict.device == "gpu":
-            wants_gpu(run.connection.client(), "gpu")  # before hours of ingest and training
+            run.connection.client("gpu")  # before hours of ingest and training
         for step in steps:
             outcome: Outcome = _step(step).execute(run)
             say(_counted(step, outcome), _told(step, outcome))

@@ -134,7 +134,7 @@ class _Work:
         Raises:
             InputError: a GPU is asked for, and no worker has one.
         """
-        client = run.connection.client()
+        client = run.connection.client(self.settings.device)
         if wants_gpu(client, self.settings.device):
             return None
         least = least_memory(client)

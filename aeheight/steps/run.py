@@ -341,5 +341,5 @@ def carry_out(
         return Outcome(0, skipped, {}, 0.0, 0)
     progress = Progress(step, len(pending), as_json=run.options.as_json)
     progress.begin()
-    outcome = run_shards(run.connection.client(), task, pending, progress, device)
+    outcome = run_shards(run.connection.client(device), task, pending, progress, device)
     return replace(outcome, skipped=skipped)
