@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from aeheight import __version__
-from aeheight.cluster import QUIET_THREADS, Connection
+from aeheight.cluster import PATIENCE, QUIET_THREADS, Connection
 from aeheight.errors import InputError
 from aeheight.progress import describe_run, served
 from aeheight.settings import RegionSettings, load_region
@@ -165,6 +165,13 @@ def _add_workers(command: argparse.ArgumentParser) -> None:
         help="a Dask scheduler, tcp://host:8786 or tls://host:8786",
     )
     command.add_argument(
+        "--patience",
+        type=_positive,
+        metavar="SECONDS",
+        help="how long to wait for the first worker of --scheduler, and for the first with a GPU "
+        "(default: 600)",
+    )
+    command.add_argument(
         "--metrics-port",
         type=_port,
         metavar="N",
@@ -293,6 +300,7 @@ def _connection(arguments: argparse.Namespace) -> Connection:
     return Connection(
         getattr(arguments, "scheduler", None),
         getattr(arguments, "workers", None),
+        getattr(arguments, "patience", None) or PATIENCE,
         gpus=getattr(arguments, "gpus", None),
         announce=announce,
         waiting=lambda what: tell({"waiting": what}, what),

@@ -21,6 +21,7 @@ from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 
 from aeheight.connection import (
+    PATIENCE,
     QUIET_THREADS,
     Connection,
     check_software,
@@ -37,6 +38,7 @@ from aeheight.template import Shard
 
 __all__ = [
     "LIMIT",
+    "PATIENCE",
     "QUIET_THREADS",
     "Client",
     "Connection",

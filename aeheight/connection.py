@@ -28,6 +28,8 @@ from aeheight.settings import Device
 
 THREADS = 2
 """Tasks that a worker here runs at a time: one reads or writes while another computes."""
+PATIENCE = 600.0
+"""Seconds that a given scheduler's first worker is waited for."""
 GPU_THREADS = 4
 """Of a worker with a GPU: its device must never wait for reading, decoding or writing."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -60,7 +62,7 @@ class Connection:
         self,
         scheduler: str | None = None,
         workers: int | None = None,
-        patience: float = 600,
+        patience: float = PATIENCE,
         *,
         gpus: int | None = None,
         announce: Callable[[str, str], None] = lambda address, hint: None,
