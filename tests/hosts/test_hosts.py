@@ -201,7 +201,7 @@ def test_the_driver_is_killed(hosts: Site, unmapped: Region, sound: Region) -> N
 def test_the_driver_is_cut_off(hosts: Site, unmapped: Region, sound: Region) -> None:
     """Noticed after Dask's patience with a connection, which is 30 s by itself."""
     hosts.whole().dwell(DWELL)
-    driver = begun(hosts, unmapped, {"DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "10s"})
+    driver = begun(hosts, unmapped, {"DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "15s"})
     hosts.hosts["driver"].cut()
     struck = time.monotonic()
     try:
