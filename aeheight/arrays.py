@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import zarr
+from zarr.abc.store import Store
 from zarr.errors import ZarrUserWarning
 
 from aeheight.conventions import Coordinate
 from aeheight.shards import compressors
-from aeheight.store import Store
 from aeheight.template import Layer, plain_nodata
 
 
@@ -74,4 +74,4 @@ def consolidate(store: Store) -> None:
     """Put all metadata of a store into its root."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Consolidated metadata", ZarrUserWarning)
-        zarr.consolidate_metadata(store.zarr())
+        zarr.consolidate_metadata(store)

@@ -27,6 +27,8 @@ Read = Callable[[Grid, Region], Heights]
 _METRES_PER_DEGREE = 111_320.0
 _LEAST = 1e-9
 """Weight of a zone far outside its own ground: it counts only where no other has a height."""
+_MOST = 100
+"""Times the zones' pixels: a mosaic with more is a slip of the pen."""
 _NODES = 64
 """Pixels between exact weights; straight between them."""
 
@@ -42,7 +44,7 @@ def mosaic_grid(grids: Sequence[Grid], crs: str, resolution: float | None) -> Gr
 
     Raises:
         InputError: a CRS that PROJ does not know, that is no map of the ground, or that cannot show
-            the zones.
+            the zones; or far more pixels than the zones have.
     """
     known = parse_crs(crs)
     if not (known.is_projected or known.is_geographic) or len(known.axis_info) != 2:
@@ -58,6 +60,13 @@ def mosaic_grid(grids: Sequence[Grid], crs: str, resolution: float | None) -> Gr
         )
     wests, souths, easts, norths = zip(*boxes, strict=True)
     edge = resolution or _like(grids[0], name)
+    pixels = (max(easts) - min(wests)) / edge * ((max(norths) - min(souths)) / edge)
+    if pixels > _MOST * (ground := sum(rows * cols for rows, cols in (g.shape for g in grids))):
+        raise InputError(
+            f"a mosaic in {crs} with pixels of {edge:g} (units of the CRS) would have {pixels:.3g} "
+            f"pixels, and the map has {ground:.3g}; name an export.resolution of "
+            f"{_like(grids[0], name):.3g} or so, or a CRS in which the zones lie closer together"
+        )
     left, top = floor(min(wests) / edge), ceil(max(norths) / edge)
     shape = top - floor(min(souths) / edge), ceil(max(easts) / edge) - left
     return Grid(name, edge, left * edge, top * edge, shape)

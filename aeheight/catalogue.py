@@ -16,6 +16,7 @@ from pystac.extensions.file import FileExtension
 from pystac.extensions.projection import ProjectionExtension
 from pystac.extensions.raster import RasterBand, RasterExtension
 
+from aeheight.conventions import crs_attributes
 from aeheight.embeddings import ATTRIBUTION, BANDS
 from aeheight.grid import Bounds, Grid, reproject_bounds, transformer
 
@@ -131,23 +132,23 @@ def tile_item(
         collection=origin.collection,
     )
     place = ProjectionExtension.ext(item, add_if_missing=True)
-    short = grid.crs.startswith("EPSG:")
+    crs = crs_attributes(grid.crs)
     place.apply(
-        code=grid.crs if short else None,
-        wkt2=None if short else grid.crs,
+        code=crs.get("proj:code"),
+        wkt2=crs.get("proj:wkt2"),
         bbox=list(grid.bounds),
         shape=list(grid.shape),
         transform=list(grid.transform)[:6],
     )
     for layer, file in files.items():
-        item.add_asset(layer, _asset(file, item, grid.resolution))
+        item.add_asset(layer, _asset(file, item, sum(grid.pixel_metres()) / 2))
     for rel in ("root", "parent", "collection"):
         item.add_link(_link(rel, f"{up}/{COLLECTION}", origin.collection))
     item.add_link(_link("derived_from", f"{up}/{MODEL}", "the model that made it"))
     return _json(item.to_dict(include_self_link=False, transform_hrefs=False))
 
 
-def _asset(file: File, item: pystac.Item, resolution: float) -> pystac.Asset:
+def _asset(file: File, item: pystac.Item, metres: float) -> pystac.Asset:
     asset = pystac.Asset(
         file.href, file.title, media_type=pystac.MediaType.COG, roles=["data"],
         extra_fields=dict(file.rights),
@@ -160,7 +161,7 @@ def _asset(file: File, item: pystac.Item, resolution: float) -> pystac.Asset:
         "data_type": "float32",
         "nodata": "nan",
         "sampling": "area",
-        "spatial_resolution": resolution,
+        "spatial_resolution": metres,
         "statistics": dict(file.statistics),
     }
     if file.unit:

@@ -39,6 +39,9 @@ _MULTISCALES = {
     "description": "Multiscale layout of zarr datasets",
 }
 
+_LENGTHS = {"metre": "m", "foot": "international_foot", "US survey foot": "US_survey_foot"}
+"""UDUNITS' names of PROJ's units; others are told as so many metres."""
+
 
 @dataclass(frozen=True, slots=True)
 class Coordinate:
@@ -50,17 +53,20 @@ class Coordinate:
     attributes: dict[str, Any]
 
 
+def crs_attributes(crs: str) -> dict[str, str]:
+    """`proj:code` where a CRS has one, such as `ESRI:54009`, else `proj:wkt2`."""
+    if ":" in crs and len(crs) < 32:
+        return {"proj:code": crs}
+    return {"proj:wkt2": CRS.from_user_input(crs).to_wkt()}
+
+
 def group_attributes(grid: Grid) -> dict[str, Any]:
     """CF and GeoZarr attributes of a group."""
-    short = ":" in grid.crs and len(grid.crs) < 32
-    crs = (
-        {"proj:code": grid.crs} if short else {"proj:wkt2": CRS.from_user_input(grid.crs).to_wkt()}
-    )
     zone = utm_zone(grid.crs)
     return {
         "Conventions": "CF-1.11",
         "zarr_conventions": _GEOZARR,
-        **crs,
+        **crs_attributes(grid.crs),
         "spatial:dimensions": ["y", "x"],
         "spatial:transform": list(grid.transform)[:6],
         "spatial:transform_type": "affine",
@@ -105,7 +111,7 @@ def coordinates(grid: Grid, years: Sequence[int], bands: Sequence[str]) -> list[
     degrees = grid.is_geographic
     names = ("latitude", "longitude") if degrees else ("projection_y_coordinate",
                                                        "projection_x_coordinate")  # fmt: skip
-    units = ("degrees_north", "degrees_east") if degrees else ("m", "m")
+    units = ("degrees_north", "degrees_east") if degrees else [_length(grid.crs)] * 2
     found = [
         Coordinate("y", grid.y(), {"standard_name": names[0], "units": units[0], "axis": "Y"}),
         Coordinate("x", grid.x(), {"standard_name": names[1], "units": units[1], "axis": "X"}),
@@ -117,6 +123,12 @@ def coordinates(grid: Grid, years: Sequence[int], bands: Sequence[str]) -> list[
         about = {"long_name": "embedding band", "band_names": list(bands)}
         found.append(Coordinate("band", np.arange(len(bands), dtype=np.int16), about))
     return found
+
+
+def _length(crs: str) -> str:
+    """The unit of a projected CRS as CF (UDUNITS) has it."""
+    axis = CRS.from_user_input(crs).axis_info[0]
+    return _LENGTHS.get(axis.unit_name, f"{axis.unit_conversion_factor!r} m")
 
 
 def time_coordinate(years: Sequence[int]) -> Coordinate:

@@ -3,8 +3,9 @@
 A map that is shifted by (dx, dy, dz) errs by d = -dx · ∂h/∂x - dy · ∂h/∂y + dz where h is the
 reference: on a slope that faces the shift it is too high. Nuth & Kääb (2011) fit the same relation
 over aspects, d / tan(slope) = a · cos(b - aspect) + c, and iterate. One pass over the data allows
-one step: least squares over all slopes above STEEP, from 3 x 3 normal equations. For shifts of less
-than about a pixel, the rest is small. The standard errors take blocks of ground, not pixels, as
+one step: least squares over all slopes above STEEP, from 3 x 3 normal equations, tells dx and dy;
+dz is then the mean of what they leave on all ground, as in Nuth & Kääb. For shifts of less than
+about a pixel, the rest is small. The standard errors take blocks of ground, not pixels, as
 independent (Liang & Zeger 1986).
 
 Sources:
@@ -124,7 +125,8 @@ def coregister(blocks: Blocks, facets: Facets) -> dict[str, Any]:
         there is no shift, or None; else `dx_m`, `dy_m`, `dz_m`, how far the map lies east, north
         and above, and their standard errors `dx_se_m`, `dy_se_m`, `dz_se_m` (None for one block);
         `raw` and `coregistered`: `mean`, `rmse` and `nmad` of d, metres, on all those pixels.
-        `rmse` and `mean` are exact, `nmad` to a few centimetres for a shift of a metre.
+        `rmse` and `mean` are exact (0 after the shift), `nmad` to a few centimetres for a shift of
+        a metre.
     """
     steep, every = blocks.terms[:, :_SUMS], blocks.terms[:, _SUMS:]
     n, steep_n = int(every[:, 5].sum()), int(steep[:, 5].sum())
@@ -133,7 +135,9 @@ def coregister(blocks: Blocks, facets: Facets) -> dict[str, Any]:
     if reason := _too_flat(n, steep_n, matrix):
         return told | {"refused": reason}
     shift: NDArray[np.float64] = np.linalg.solve(matrix, right).astype(np.float64)
-    errors = _standard_errors(steep, matrix, shift)
+    errors = _standard_errors(steep, matrix, shift)[:2]
+    shift[2] += _mean_left(every.sum(axis=0), shift)
+    errors.append(_error_of_mean(every, shift))
     for name, value, error in zip(("dx", "dy", "dz"), shift, errors, strict=True):
         told |= {f"{name}_m": float(value), f"{name}_se_m": error}
     return told | {
@@ -180,6 +184,21 @@ def _standard_errors(
     return [float(error) for error in np.sqrt(np.diag(variance))]
 
 
+def _mean_left(sums: NDArray[np.float64], shift: NDArray[np.float64]) -> float:
+    """Mean of d less what a shift makes of it."""
+    matrix, _ = _normal(sums)
+    return float((sums[8] - matrix[2] @ shift) / sums[5])
+
+
+def _error_of_mean(every: NDArray[np.float64], shift: NDArray[np.float64]) -> float | None:
+    """Standard error of dz for given dx and dy, from the sums of each block."""
+    blocks = int((every[:, 5] > 0).sum())
+    if blocks < 2:
+        return None
+    left = every[:, 8] - _normal(every)[0][:, 2] @ shift
+    return float(np.sqrt(np.sum(left**2) * blocks / (blocks - 1)) / every[:, 5].sum())
+
+
 def _left(
     sums: NDArray[np.float64], shift: NDArray[np.float64], facets: Facets
 ) -> dict[str, float]:
@@ -188,7 +207,7 @@ def _left(
     n = sums[5]
     squares = sums[9] - 2 * shift @ right + shift @ matrix @ shift
     return {
-        "mean": float((sums[8] - matrix[2] @ shift) / n),
+        "mean": _mean_left(sums, shift),
         "rmse": float(np.sqrt(max(squares, 0.0) / n)),
         "nmad": facets.nmad(shift),
     }

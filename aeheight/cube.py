@@ -252,7 +252,7 @@ def _create(store: Store, template: Template) -> None:
         create_coordinates(group, coordinates(grid, template.years if timed else (), bands))
         for layer in template.layers:
             _create_layer(group, layer, grid, template)
-    consolidate(store)
+    consolidate(store.zarr())
 
 
 def _root_attributes(template: Template, identity: str) -> dict[str, Any]:
@@ -332,7 +332,7 @@ def _rewrite_metadata(store: Store, template: Template) -> None:
             create_coordinates(group, [time_coordinate(template.years)], overwrite=True)
     identity: Any = root.attrs["aeheight"]
     root.update_attributes(_root_attributes(template, identity["identity"]))
-    consolidate(store)
+    consolidate(store.zarr())
 
 
 def find(store: Store) -> dict[str, Any] | None:

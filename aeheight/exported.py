@@ -55,9 +55,14 @@ class Layer:
     """By year."""
 
     @property
+    def every(self) -> list[Tile]:
+        """Its tiles of all years."""
+        return [tile for tiles in self.tiles.values() for tile in tiles]
+
+    @property
     def files(self) -> list[Path]:
         """All of them."""
-        return [tile.path for tiles in self.tiles.values() for tile in tiles]
+        return [tile.path for tile in self.every]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +125,7 @@ def read_export(place: Store) -> Exported:
 
 def _exported(place: Store) -> Exported:
     about = place.read_json(COLLECTION)
-    hrefs = [link["href"].removeprefix("./") for link in about["links"] if link["rel"] == "item"]
+    hrefs = [_inside("", link["href"]) for link in about["links"] if link["rel"] == "item"]
     items = {key: place.read_json(key) for key in hrefs if not key.startswith("mosaic-")}
     items = {key: item for key, item in items.items() if item.get("bbox")}
     layers = _layers(Path(place.uri), items)
@@ -134,7 +139,7 @@ def _exported(place: Store) -> Exported:
         surface=said["aeheight:surface"],
         vertical_datum=_named(said["aeheight:vertical_datum"]),
         years=tuple(sorted({year for layer in layers for year in layer.tiles})),
-        bounds=_around([tile.bounds for tiles in layers[0].tiles.values() for tile in tiles]),
+        bounds=_around([tile.bounds for layer in layers for tile in layer.every]),
         pixel=min(map(_pixel, items.values())),
         layers=layers,
     )
@@ -169,8 +174,8 @@ def _layers(folder: Path, items: Mapping[str, Mapping[str, Any]]) -> tuple[Layer
         year = int(item["properties"]["start_datetime"][:4])
         west, south, east, north = item["bbox"]
         for name, asset in item["assets"].items():
-            path = posixpath.normpath(posixpath.join(posixpath.dirname(key), asset["href"]))
-            tile = Tile(folder / path, (west, south, east, north))
+            path = folder / _inside(posixpath.dirname(key), asset["href"])
+            tile = Tile(path, (west, south, east, north))
             tiles.setdefault(name, {}).setdefault(year, []).append(tile)
             assets.setdefault(name, asset)
     rank = {name: number for number, name in enumerate(_ORDER)}
@@ -183,6 +188,23 @@ def _layers(folder: Path, items: Mapping[str, Mapping[str, Any]]) -> tuple[Layer
         )
         for name in sorted(tiles, key=lambda name: (rank.get(name, len(rank)), name))
     )
+
+
+def _inside(folder: str, href: str) -> str:
+    """Where a link of a file in a folder leads, from the export's own folder.
+
+    GDAL would open more than files: whoever made a catalogue must not choose what is read here.
+
+    Raises:
+        InputError: it leads out of the export.
+    """
+    path = posixpath.normpath(posixpath.join(folder, href))
+    if "://" in href or path.startswith(("/", "..")):
+        raise InputError(
+            f"the catalogue names {href!r}, which lies outside of the export; view shows only "
+            "files under its folder: run aeheight export --overwrite"
+        )
+    return path
 
 
 def _around(boxes: list[Bounds]) -> Bounds:

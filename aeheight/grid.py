@@ -10,7 +10,7 @@ import numpy as np
 from affine import Affine
 from numpy.typing import NDArray
 from pyproj import CRS, Transformer
-from pyproj.exceptions import CRSError
+from pyproj.exceptions import CRSError, ProjError
 
 from aeheight.errors import InputError
 from aeheight.windows import Region, Shape, whole
@@ -278,11 +278,16 @@ def reproject_bounds(bounds: Bounds, source: str, target: str) -> Bounds:
     In degrees, bounds that cross the 180th meridian come back with west above east.
 
     Raises:
-        InputError: the bounds lie outside what the target CRS can show.
+        InputError: the bounds lie outside what the target CRS can show, or it is of another planet.
     """
     if source == target:
         return bounds
-    moved = transformer(source, target).transform_bounds(*bounds, densify_pts=21)
+    try:
+        moved = transformer(source, target).transform_bounds(*bounds, densify_pts=21)
+    except ProjError as error:
+        raise InputError(
+            f"bounds {list(bounds)} in {source} cannot be shown in {target}: {error}"
+        ) from error
     if not np.all(np.isfinite(moved)):
         raise InputError(f"bounds {list(bounds)} in {source} cannot be shown in {target}")
     return (float(moved[0]), float(moved[1]), float(moved[2]), float(moved[3]))

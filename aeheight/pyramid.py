@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.core.buffer import Buffer
+from zarr.storage import MemoryStore
 
 from aeheight.arrays import consolidate, create_coordinates, create_layer
 from aeheight.conventions import coordinates, group_attributes, pyramid_attributes
@@ -94,23 +96,18 @@ class Pyramid:
         """Edge of a level's shards, pixels."""
         return self.tile >> ((level - 1) % self.steps + 1 if level else 0)
 
-    def create(self, store: Store) -> None:
-        """Write all metadata, if it is not there; what another pyramid left is removed first."""
-        if found_version(store) == self.version:
-            return
-        with plain_errors(f"create {store.uri}"):
-            store.remove()
-            root = zarr.create_group(
-                store.zarr(), zarr_format=3, overwrite=True, attributes={"title": self.title}
-            )
-            for grid in self.grids:
-                levels = self.levels(grid)
-                zone = root.create_group(grid.name, attributes=pyramid_attributes(levels))
-                for number, coarse in enumerate(levels):
-                    self._create_level(zone, number, coarse)
-            # Last of all: without it, the metadata is half-written.
-            root.update_attributes({"aeheight": {"pyramid": self.version}})
-            consolidate(store)
+    def metadata(self) -> dict[str, bytes]:
+        """Every object but the pixels: groups, arrays and coordinates, consolidated; by key."""
+        held: dict[str, Buffer] = {}
+        store = MemoryStore(held)
+        root = zarr.create_group(store, zarr_format=3, attributes={"title": self.title})
+        for grid in self.grids:
+            levels = self.levels(grid)
+            zone = root.create_group(grid.name, attributes=pyramid_attributes(levels))
+            for number, coarse in enumerate(levels):
+                self._create_level(zone, number, coarse)
+        consolidate(store)
+        return {key: data.to_bytes() for key, data in sorted(held.items())}
 
     def _create_level(self, zone: "zarr.Group", number: int, grid: Grid) -> None:
         group = zone.create_group(str(number), attributes=group_attributes(grid))
@@ -179,16 +176,6 @@ class Pyramid:
             store.write(key, data)
             stored[key] = hashlib.sha256(data).hexdigest()
         return stored
-
-
-def found_version(store: Store) -> str | None:
-    """Of the pyramid that lies in a store; None where there is none, or half of one."""
-    try:
-        attributes = store.read_json("zarr.json").get("attributes", {})
-    except FileNotFoundError:
-        return None
-    found = attributes.get("aeheight", {}).get("pyramid")
-    return None if found is None else str(found)
 
 
 def halved(values: Heights) -> Heights:

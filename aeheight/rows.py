@@ -125,8 +125,10 @@ def classes(
 
     Figures are the class's metrics, `held` and `spread` of its intervals where the map has them,
     and `width`, its RMSE as a share of the largest in percent. Of a class of fewer than `FEW`
-    pixels there is `n` alone. A class raster that names no judged pixel has no rows.
+    pixels there is `n` alone. Of a class raster the last row tells the pixels in no class; one that
+    names no judged pixel has no rows.
     """
+    judged = (metrics["model"].get(split) or {}).get("n", 0)
     held = metrics.get("intervals", {}).get("by", {})
     asked = metrics.get("provenance", {}).get("classes") or {}
     for name, rows in metrics.get("by", {}).items():
@@ -135,7 +137,13 @@ def classes(
         chosen = [(label(row, unit), row) for row in rows if row.get("split") == split]
         if (chosen or name in asked) and (name != "zone" or len(chosen) > 1):
             longest = max((row["rmse"] for _, row in chosen if _tells(row)), default=0) or 1
-            yield title, [(lab, _figures(row, known.get(lab), longest)) for lab, row in chosen]
+            found: list[tuple[str, Mapping[str, Any]]] = [
+                (lab, _figures(row, known.get(lab), longest)) for lab, row in chosen
+            ]
+            classed = sum(row["n"] for _, row in chosen)
+            if name in asked and judged > classed:
+                found.append(("in no class", {"n": judged - classed}))
+            yield title, found if classed else []
 
 
 def _tells(row: Mapping[str, Any]) -> bool:

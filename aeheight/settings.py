@@ -199,8 +199,9 @@ class ExportSettings(_Settings):
     """Which of the run's maps: as predicted, or as `calibrate` corrected it."""
     tile: Positive = 8192
     """Largest edge of a file in pixels; a zone that is smaller is one file."""
-    block: Annotated[int, Field(ge=128, multiple_of=16)] = 512
-    """Edge of a COG's internal blocks in pixels."""
+    block: Annotated[int, Field(ge=128, le=1024, multiple_of=16)] = 512
+    """Edge of a COG's internal blocks in pixels; larger ones would not fit into the memory that
+    is planned for."""
     compress: Literal["deflate", "zstd"] = "deflate"
     """Deflate opens everywhere; zstd is quicker, and needs GDAL's of 2018 or later."""
     reference: bool = True

@@ -2,7 +2,8 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -75,13 +76,25 @@ def tile_png(
     return _png(_numbers(values, limits), colours)
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Reader]:
+    """A file, and its name in what goes wrong with it: GDAL tells it only where it is missing."""
+    try:
+        with rasterio.Env(**_GDAL), Reader(str(path)) as source:
+            yield source
+    except OSError as error:
+        if str(path) in str(error):
+            raise
+        raise OSError(f"{path}: {error}") from error
+
+
 def _fill(values: NDArray[np.float32], path: Path, area: Bounds) -> None:
     """Put the pixels of a file where a tile has none yet.
 
     Only the part of the tile that the file covers is read: a tile of a whole country looks into
     hundreds of files, and each costs as its pixels there do.
     """
-    with rasterio.Env(**_GDAL), Reader(str(path)) as source:
+    with _opened(path) as source:
         mercator = WEB_MERCATOR_TMS.rasterio_crs
         rows, cols = _covered(transform_bounds(source.crs, mercator, *source.bounds), area, values)
         if rows.start >= rows.stop or cols.start >= cols.stop:
@@ -136,7 +149,7 @@ def value_at(paths: Sequence[Path], lon: float, lat: float) -> float | None:
     """
     for path in paths:
         try:
-            with rasterio.Env(**_GDAL), Reader(str(path)) as source:
+            with _opened(path) as source:
                 value = source.point(lon, lat).array
         except PointOutsideBounds:
             continue
@@ -151,7 +164,7 @@ def sample(path: Path) -> NDArray[np.float32]:
     Raises:
         OSError: the file is missing or damaged.
     """
-    with rasterio.Env(**_GDAL), Reader(str(path)) as source:
+    with _opened(path) as source:
         found = source.preview(max_size=_SAMPLE).array[0]
     values: NDArray[np.float32] = found.astype(np.float32).filled(np.nan)
     return values

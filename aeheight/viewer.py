@@ -7,8 +7,10 @@ the catalogue is read again when the export was made anew, so that nothing old i
 
 import asyncio
 import importlib.util
+import ipaddress
 import math
 import os
+import re
 import socket
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -265,10 +267,17 @@ def leaflet() -> Path:
     return Path(found.origin).parent / "data"
 
 
-def application(viewer: Viewer) -> Application:
-    """What is answered to which address."""
+def application(viewer: Viewer, names: str = ".*") -> Application:
+    """What is answered to which address.
+
+    Args:
+        viewer: the export that is shown.
+        names: pattern of the host that a request must name; others find nothing.
+    """
     given = {"viewer": viewer}
-    return Application(
+    found = Application(log_function=lambda _: None)
+    found.add_handlers(
+        names,
         [
             (r"/layers\.json", _Layers, given),
             (r"/tiles/(\w+)/(\d{1,4})/(\d{1,2})/(\d{1,8})/(\d{1,8})\.png", _Tile, given),
@@ -276,8 +285,21 @@ def application(viewer: Viewer) -> Application:
             (r"/leaflet/([\w./-]*)", _Pages, {"path": leaflet()}),
             (r"/([\w.-]*)", _Pages, {"path": _PAGES, "default_filename": "view.html"}),
         ],
-        log_function=lambda _: None,
     )
+    return found
+
+
+def _names(host: str, listener: socket.socket) -> str:
+    """Pattern of the names by which a browser may call this server.
+
+    A page from elsewhere can have its own name lead to this machine (DNS rebinding), and would then
+    read the map: at an address that only this machine reaches, only its own names are answered.
+    """
+    if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        return ".*"
+    asked = f"[{host}]" if ":" in host else host
+    known = map(re.escape, ("localhost", "127.0.0.1", "[::1]", asked.lower()))
+    return f"(?:{'|'.join(known)})$"
 
 
 async def serve(
@@ -297,7 +319,7 @@ async def serve(
     """
     listener = _listen(host, port)
     viewer = Viewer(place, shown)
-    server = HTTPServer(application(viewer))
+    server = HTTPServer(application(viewer, _names(host, listener)))
     try:
         server.add_socket(listener)
         ready(address(host, listener.getsockname()[1]))

@@ -160,3 +160,21 @@ def test_a_mosaic_around_the_world_is_refused():
     left = Grid("EPSG:32660", 100.0, 700_000.0, 4_280_000.0, (50, 900))
     with pytest.raises(InputError, match="180th meridian"):
         mosaic_grid((left,), "EPSG:4326", None)
+
+
+def test_a_mosaic_of_too_many_pixels_is_refused():
+    """Both counts are told, and the resolution that the zones have."""
+    words = r"would have .* pixels, and the map has 3.48e\+04; name an export.resolution of 100 or"
+    with pytest.raises(InputError, match=words):
+        mosaic_grid((WEST, EAST), "EPSG:32610", 1e-9)
+    coarse = mosaic_grid((WEST, EAST), "EPSG:3310", 100.0).shape
+    ground = WEST.shape[0] * WEST.shape[1] + EAST.shape[0] * EAST.shape[1]
+    most = 10 * (ground / (coarse[0] * coarse[1])) ** 0.5
+    with pytest.raises(InputError, match="pixels"):
+        mosaic_grid((WEST, EAST), "EPSG:3310", 100 / (most * 1.02))
+    mosaic_grid((WEST, EAST), "EPSG:3310", 100 / (most * 0.98))
+
+
+def test_the_ground_of_another_planet_is_refused():
+    with pytest.raises(InputError, match="cannot be shown in IAU_2015:30100"):
+        mosaic_grid((WEST,), "IAU_2015:30100", None)

@@ -152,8 +152,9 @@ def test_the_report_by_land_cover_whatever_the_cut(
     cube, metrics = arrays(cut.cube), cut.metrics()
     predicted = arrays(cut.heights)["height"][0]
     rows = metrics["by"]["land"]
-    assert {row["class"] for row in rows} == {"forest", "class 2"}  # an empty class has no row
-    for row in rows:
+    assert {row["class"] for row in rows} == {"forest", "class 2", "nowhere"}
+    assert {row["n"] for row in rows if row["class"] == "nowhere"} == {0}
+    for row in (row for row in rows if row["class"] != "nowhere"):
         judged = (land == (1 if row["class"] == "forest" else 2)) & ~np.isnan(cube["height"])
         judged &= (cube["split"] == SPLITS.get(row["split"])) | (row["split"] == "all")
         same_metrics(row, numpy_metrics(predicted[judged], cube["height"][judged]))
@@ -169,8 +170,18 @@ def test_the_report_by_land_cover_whatever_the_cut(
                                                                              "class")})  # fmt: skip
     assert metrics["provenance"]["classes"] == {"land": [str(path)]}
     page = (cut.store / "report" / "index.html").read_text()
-    assert "forest" in page
+    for words in ("forest", "nowhere", "in no class"):
+        assert words in page
     # Another raster at the same place makes the sums again.
     written(path, np.full_like(land, 2), Affine(10, 0, west, 0, -10, north), world.crs, 3)
     assert aeheight("evaluate", cut.path, "--scheduler", scheduler).code == 0
-    assert {row["class"] for row in cut.metrics()["by"]["land"]} == {"class 2"}
+    found = {row["class"] for row in cut.metrics()["by"]["land"] if row["n"]}
+    assert found == {"class 2"}
+    # A raster of measures is no raster of classes.
+    written(path, rng.integers(0, 60_000, land.shape, np.uint16),
+            Affine(10, 0, west, 0, -10, north), world.crs)  # fmt: skip
+    result = aeheight("evaluate", cut.path, "--scheduler", scheduler)
+    assert result.code == 1
+    assert "land: " in result.out
+    assert "give a raster of classes, not of measures" in result.out
+    assert {row["class"] for row in cut.metrics()["by"]["land"] if row["n"]} == found

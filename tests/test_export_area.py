@@ -10,6 +10,7 @@ from pyproj import CRS, Transformer
 
 from tests.runs import arrays, flip, one_message, run_here, snapshot
 from tests.test_calibrate import EAST, GRID, WEST, Map, make_map
+from tests.test_export_kept import raise_heights
 from tests.test_export_step import SMALL, files
 
 LAYERS = {"height", "novelty", "spread", "reference", "difference"}
@@ -144,6 +145,42 @@ def test_damage_is_found_and_mended_where_the_area_is_known(made, workers):
     assert removed.code == 1
     assert "run aeheight export with its export.area again" in removed.out
     assert not path.exists()
+
+
+def test_another_area_is_not_the_damaged_one(made, workers):
+    """The region file names another by now: repair must not delete one and report success."""
+    first, second = area(bounds((40, 90), (100, 170))), area(bounds((0, 20), (0, 20)))
+    assert run_here("export", made.region.path, *workers, *first).code == 0
+    path = files(made.region, "area/utm10n/2021/height-*.tif")[0]
+    flip(path)
+    result = run_here("verify", made.region.path, *workers, "--repair", *second)
+    assert result.code == 1
+    assert "removed utm10n/area/2021/" in result.out
+    assert "with its export.area again" in result.out
+
+
+def test_areas_of_a_map_that_has_changed_are_dropped(made, workers, caplog):
+    """One shard is made anew: the area over it goes, and is named; the one beside it stays."""
+    over, beside, new = (bounds(r, c) for r, c in (((5, 30), (5, 30)), ((100, 120), (150, 180)),
+                                                    ((130, 140), (10, 30))))  # fmt: skip
+    for box in (over, beside):
+        assert run_here("export", made.region.path, *workers, *area(box)).code == 0
+    names = {path.name for path in files(made.region, "area/**/height-*.tif")}
+    raise_heights(made.region, "utm10n")  # rows and columns 0 to 63 of 2021
+    result = run_here("export", made.region.path, *workers, *area(new))
+    assert result.code == 0, result.err
+    assert "removed the files of 1 shards of earlier areas" in caplog.text
+    left = files(made.region, "area/**/height-*.tif")
+    assert len(names) == 2
+    assert sorted(path.parent.name for path in left if path.name in names) == [
+        "2021",
+        "2022",
+        "2022",
+    ]
+    assert run_here("verify", made.region.path, *workers).code == 0
+    again = run_here("export", made.region.path, *workers, *area(over))
+    assert "1 shards done" in again.out
+    assert caplog.text.count("removed") == 1
 
 
 def test_two_zones_have_files_of_their_own(tmp_path, workers):

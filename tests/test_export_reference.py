@@ -173,7 +173,7 @@ def test_damage_to_them_is_found_and_mended(done, tmp_path, workers):
     flip(damaged[0])
     damaged[1].unlink()
     result = run_here("verify", twin.path, *workers, "--repair")
-    assert "export    12 shards checked, 2 damaged" in result.out
+    assert "export    13 shards checked, 2 damaged" in result.out
     assert [path.read_bytes() for path in damaged] == data
 
 

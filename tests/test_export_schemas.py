@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft7Validator
+from pyproj import CRS
 from pystac.validation.local_validator import get_local_schema_cache
 from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT7
 
+from aeheight.catalogue import File, tile_item
+from aeheight.grid import Grid
+from tests.exports import ORIGIN
 from tests.runs import run_here
 from tests.test_calibrate import EAST, WEST, Map, make_map
 from tests.test_export_step import files
@@ -78,6 +82,42 @@ def test_the_extensions_are_valid(done):
             assert not wrong(document, address), path
             seen.add(address.removeprefix(SITE).split("/")[0])
     assert seen == {"projection", "raster", "file", "processing", "mlm"}
+
+
+LAEA = CRS.from_user_input("+proj=laea +lat_0=45 +lon_0=-120 +datum=WGS84 +units=m").to_wkt()
+PLACES = {
+    "EPSG:32610": Grid("EPSG:32610", 10.0, 540000.0, 4280000.0, (60, 80)),
+    "ESRI:54009": Grid("ESRI:54009", 10.0, -1e7, 4.6e6, (60, 80)),
+    "EPSG:4326": Grid("EPSG:4326", 0.0001, -120.0, 60.0, (60, 80)),
+    "EPSG:2227": Grid("EPSG:2227", 32.8, 6e6, 2e6, (60, 80)),
+    LAEA: Grid(LAEA, 10.0, 0.0, 0.0, (60, 80)),
+}
+
+
+@pytest.mark.parametrize("crs", PLACES, ids=["utm", "esri", "degrees", "feet", "wkt"])
+def test_an_item_says_where_it_lies_in_any_crs(crs):
+    """By projection v2.0.0: a code, or WKT2 where there is none; by raster v1.1.0: metres."""
+    grid = PLACES[crs]
+    file = File("height.tif", "height", "metre", 1, "0" * 64, {"mean": 1.0})
+    item = json.loads(tile_item("one", grid, 2021, {"height": file}, ORIGIN, "../.."))
+    assert not wrong(item, CORE.format("item"))
+    told = item["properties"]
+    if crs == LAEA:
+        assert told["proj:code"] is None
+        assert CRS.from_wkt(told["proj:wkt2"]) == CRS.from_wkt(LAEA)
+    else:
+        assert told["proj:code"] == crs
+        assert re.fullmatch(r"[A-Z]+:\d+", crs)
+        assert "proj:wkt2" not in told
+    (band,) = item["assets"]["height"]["raster:bands"]
+    assert band["spatial_resolution"] == pytest.approx(METRES.get(crs, 10.0), rel=2e-3)
+    if FOLDER:
+        for address in item["stac_extensions"]:
+            assert not wrong(item, address)
+
+
+METRES = {"EPSG:4326": (11.13 + 11.13 / 2) / 2, "EPSG:2227": 32.8 * 1200 / 3937}
+"""Mean edge of a pixel: at 60° north a degree of longitude is half of one of latitude."""
 
 
 def test_every_prefix_is_declared(done):

@@ -29,7 +29,7 @@ from aeheight.steps.tiles import picture_cut
 from aeheight.store import Store
 from aeheight.windows import tile, whole
 from tests.runs import Region, arrays, flip, one_message, run_here, snapshot
-from tests.test_calibrate import DEGREES, EAST, GRID, WEST, Map, make_map
+from tests.test_calibrate import DEGREES, GRID, Map, make_map
 
 SMALL = ("--set", "export.tile=80", "--set", "export.block=128")
 LAYERS = ("height", "novelty", "spread")
@@ -266,32 +266,6 @@ def test_ground_without_heights_has_no_file(tmp_path, workers):
     assert run_here("verify", made.region.path, *workers).code == 0
 
 
-# A mosaic.
-
-
-def test_a_mosaic_can_be_added_and_changed(tmp_path, workers):
-    made = make_map(tmp_path, grids=(WEST, EAST))
-    assert run_here("export", made.region.path, *workers).code == 0
-    zones = snapshot(made.region.store / "export" / "utm10n")
-    crs = ("--set", "export.crs=EPSG:3310")
-    result = run_here("export", made.region.path, *workers, *crs)
-    assert result.code == 0, result.err
-    assert "2 shards done" in result.out
-    assert "4 done before" in result.out
-    assert snapshot(made.region.store / "export" / "utm10n").keys() == zones.keys()
-    (path,) = files(made.region, "mosaic-epsg3310/2021/height-*.tif")
-    assert cog_validate(path, strict=True)[0]
-    with rasterio.open(path) as found:
-        assert CRS.from_wkt(found.crs.to_wkt()).sub_crs_list[0].to_epsg() == 3310
-        values = found.read(1)
-    assert np.isfinite(values).mean() > 0.8
-    coarser = run_here("export", made.region.path, *workers, *crs, "--set", "export.resolution=200")
-    assert "2 shards done" in coarser.out
-    (other,) = files(made.region, "mosaic-epsg3310/2021/height-*.tif")
-    assert other != path
-    assert run_here("verify", made.region.path, *workers).code == 0
-
-
 # Which map.
 
 
@@ -363,7 +337,7 @@ def test_damage_is_found_and_mended(done, tmp_path, workers):
     damaged[2].write_bytes(data[2].replace(b"2022", b"2023", 1))
     result = run_here("verify", twin.path, *workers)
     assert result.code == 1
-    assert "export    12 shards checked, 3 damaged" in result.out
+    assert "export    13 shards checked, 3 damaged" in result.out
     assert all(path.name in result.out for path in damaged)
     assert "is missing" in result.out
     result = run_here("verify", twin.path, *workers, "--repair")
@@ -398,6 +372,8 @@ def test_there_must_be_a_whole_map(tmp_path, regions, workers):
         ("export.resolution=30", ["give export.crs too"]),
         ("export.tile=0", ["export.tile"]),
         ("export.block=100", ["export.block"]),
+        ("export.block=2048", ["export.block", "1024"]),
+        ("export.crs=IAU_2015:30100", ["cannot be shown in IAU_2015:30100"]),
         ("export.tiles=100", ["export.tiles: unknown key; did you mean 'tile'?"]),
         ("export.tile=90", ["export.tile: 80 -> 90", "--overwrite"]),
     ],
@@ -445,6 +421,8 @@ def test_receipts_know_what_a_tile_was_made_from(done):
         "export": {"map": "heights", "tile": 80, "block": 128, "compress": "deflate"},
         "map": tree.identity,
     }
-    for receipt in ledger.receipts(ledger.done()):
+    done_ = dict.fromkeys(ledger.done())
+    del done_["catalogue/once/static/r0000000-c0000000-1x1"]
+    for receipt in ledger.receipts(done_):
         assert set(receipt.further) == {*LAYERS[1:], "item"}
         assert receipt.inputs

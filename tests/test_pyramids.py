@@ -20,6 +20,7 @@ from hypothesis.extra.numpy import array_shapes
 from hypothesis.extra.numpy import arrays as some_arrays
 from pyproj import CRS
 
+from aeheight.conventions import coordinates
 from aeheight.grid import Grid
 from aeheight.pyramid import Pyramid, halved
 from aeheight.steps.pyramids import stages
@@ -217,6 +218,19 @@ def test_multiscales_say_how_the_levels_lie(done):
             "attributes"
         ]["spatial_ref"]
     ).to_epsg() == 32610  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("crs", "units", "metres"),
+    [("EPSG:32610", "m", 1.0), ("EPSG:2227", "US_survey_foot", 1200 / 3937),
+     ("EPSG:2222", "international_foot", 0.3048), ("EPSG:27200", "m", 1.0),
+     ("EPSG:24370", "0.9143985307444408 m", 0.9143985307444408)],
+)  # fmt: skip
+def test_coordinates_have_the_unit_of_their_crs(crs, units, metres):
+    """Survey feet, feet, yards: by the names of UDUNITS, which CF takes."""
+    assert CRS.from_user_input(crs).axis_info[0].unit_conversion_factor == pytest.approx(metres)
+    told = {each.name: each.attributes for each in coordinates(replace(LARGE, crs=crs), (), ())}
+    assert (told["x"]["units"], told["y"]["units"]) == (units, units)
 
 
 # Interruption, damage, change.

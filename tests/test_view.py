@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyproj import Transformer
 
-from aeheight import tiling
+from aeheight import tiling, viewer
 from aeheight.errors import InputError, NotYetError
 from aeheight.exported import Tile, read_export
 from aeheight.grid import Grid
@@ -94,6 +95,44 @@ def test_layers_in_the_order_to_look_at(store):
     assert north - 0.01 < lat.max() < north
 
 
+def test_the_map_is_as_large_as_its_largest_layer(tmp_path):
+    """The reference, which is shown first, has tiles in the west only."""
+    make_export(tmp_path, (WEST, EAST), LAYERS)
+    path = tmp_path / "export" / EAST.name / "2021" / "tile.json"
+    item = json.loads(path.read_text())
+    for name in ("reference", "difference"):
+        del item["assets"][name]
+    path.write_text(json.dumps(item))
+    found = read_export(Store.at(tmp_path / "export"))
+    assert found.layers[0].name == "reference"
+    assert len(found.layers[0].files) == 1
+    assert found.bounds[0] < degrees(WEST)[0].min()
+    assert found.bounds[2] > degrees(EAST)[0].max()
+
+
+@pytest.mark.parametrize(
+    "href",
+    ["/etc/passwd", "../../../secret.tif", "http://127.0.0.1:1/a.tif", "s3://bucket/a.tif",
+     "/vsicurl/http://127.0.0.1:1/a.tif", "file:///etc/passwd"],
+)  # fmt: skip
+def test_a_catalogue_leads_to_its_own_files_only(tmp_path, href):
+    make_export(tmp_path, [WEST], {"height": slope})
+    folder = tmp_path / "export"
+    for path, kind in ((folder / WEST.name / "2021" / "tile.json", "assets"),
+                       (folder / "collection.json", "links")):  # fmt: skip
+        told = path.read_text()
+        found = json.loads(told)
+        one = found["assets"]["height"] if kind == "assets" else next(
+            link for link in found["links"] if link["rel"] == "item"
+        )  # fmt: skip
+        one["href"] = href
+        path.write_text(json.dumps(found))
+        with pytest.raises(InputError, match="outside of the export") as caught:
+            read_export(Store.at(folder))
+        assert repr(href) in str(caught.value)
+        path.write_text(told)
+
+
 @given(st.floats(-180, 180), st.floats(0.01, 170), st.floats(-180, 179), st.floats(0.01, 170))
 def test_a_tile_touches_what_it_shares_a_meridian_with(west, width, left, wide):
     east = west + width - 360 * (west + width > 180)
@@ -101,7 +140,8 @@ def test_a_tile_touches_what_it_shares_a_meridian_with(west, width, left, wide):
     right = min(left + wide, 180.0)
     meridians = np.linspace(west, west + width, 4001)
     inside = any(
-        ((m + 180) % 360 - 180 >= left) & ((m + 180) % 360 - 180 <= right) for m in meridians
+        left + 1e-9 <= (m + 180) % 360 - 180 <= right - 1e-9  # but for rounding
+        for m in meridians
     )
     assert not inside or tile.touches((left, 12.0, right, 13.0))
     assert not tile.touches((left, 21.0, right, 22.0))
@@ -266,6 +306,26 @@ def test_answers_are_asked_for_again_and_stay_within_the_page(served):
         assert "default-src 'none'" in headers["Content-Security-Policy"]
 
 
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("localhost", 200), ("LocalHost:80", 200), ("127.0.0.1", 200), ("[::1]:8000", 200),
+     ("evil.example", 404), ("127.0.0.1.evil.example", 404), ("localhost.evil.example", 404),
+     ("evil.example:8000", 404), ("127.0.0.11", 404), ("", 404)],
+)  # fmt: skip
+def test_only_this_machine_is_answered(served, name, code):
+    """A page of elsewhere whose own name leads here (DNS rebinding) reads nothing."""
+    for path in ("", "layers.json", f"tiles/height/2021/{AT}.png", "leaflet/leaflet.js"):
+        assert served.get(path, Host=name)[0] == code, path
+
+
+def test_a_host_that_was_asked_for_is_answered_by_its_name():
+    with socket.create_server(("127.0.0.1", 0)) as near:
+        assert re.match(viewer._names("127.0.0.1.nip.io", near), "127.0.0.1.nip.io")
+        assert not re.match(viewer._names("127.0.0.1.nip.io", near), "127x0.0.1.nip.io")
+    with socket.create_server(("0.0.0.0", 0)) as far:
+        assert re.match(viewer._names("0.0.0.0", far), "anything.example")
+
+
 def test_an_export_made_anew_is_shown(store, tmp_path):
     make_export(tmp_path, [WEST], LAYERS)
     with serving(tmp_path / "export") as there:
@@ -362,6 +422,26 @@ def test_a_missing_file(region):
     result = run_here("view", region.path, "--plan")
     assert result.code == 2
     one_message(result.err, "height.tif", "verify --repair")
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    """Its blocks are gone, its header is whole: GDAL's own words name no file."""
+    make_export(tmp_path, [SQUARE], {"height": lambda lon, lat: lon * 1000})
+    path = tmp_path / "export" / SQUARE.name / "2021" / "height.tif"
+    with rasterio.open(path) as source:
+        offset = min(int(source.tags(ns="TIFF", bidx=1).get(f"BLOCK_OFFSET_{x}_{y}", 1 << 40))
+                     for x in range(4) for y in range(4))  # fmt: skip
+    data = bytearray(path.read_bytes())
+    first = min(offset, len(data) // 2)
+    data[first:] = b"\xff" * (len(data) - first)
+    path.write_bytes(data)
+    with pytest.raises(OSError, match=r"height\.tif: "):
+        tiling.tile_png([path], X, Y, ZOOM, 512, "viridis", (0.0, 1.0))
+    with pytest.raises(OSError, match=r"height\.tif: "):
+        tiling.sample(path)
+    lon, lat = (float(axis[300, 300]) for axis in degrees(SQUARE))
+    with pytest.raises(OSError, match=r"height\.tif: "):
+        tiling.value_at([path], lon, lat)
 
 
 def test_packages_that_are_not_installed(region, monkeypatch):

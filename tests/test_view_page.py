@@ -1,5 +1,6 @@
 """The page of `aeheight view` in a headless browser: dragged, pointed at, tapped, looked at."""
 
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -121,3 +122,23 @@ def test_what_it_says_of_the_map(served, page):
     assert "Google DeepMind" in text
     assert "km" in page.evaluate("document.querySelector('.leaflet-control-scale').innerText")
     assert page.complaints == []
+
+
+def test_trouble_goes_when_the_map_answers_again(tmp_path, page):
+    """An export that cannot be read is told as such, and no longer than it lasts."""
+    folder = make_export(tmp_path, [WEST], LAYERS)
+    shown = "!document.getElementById('trouble').hidden"
+    with serving(folder) as there:
+        looked_at(page, there.address)
+        assert not page.evaluate(shown)
+        path = folder / "collection.json"
+        data, made = path.read_bytes(), path.stat().st_mtime_ns
+        path.write_text("{}")
+        page.evaluate("dispatchEvent(new Event('focus'))")
+        page.until(shown)
+        told = page.evaluate("document.getElementById('trouble').textContent")
+        assert told.startswith("The map cannot be read: The export cannot be read.")
+        path.write_bytes(data)
+        os.utime(path, ns=(made, made))
+        page.evaluate("dispatchEvent(new Event('focus'))")
+        page.until(f"!({shown})")

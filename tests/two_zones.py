@@ -47,9 +47,10 @@ class Served:
 
     address: str
 
-    def get(self, path: str) -> tuple[int, bytes, dict[str, str]]:
+    def get(self, path: str, **headers: str) -> tuple[int, bytes, dict[str, str]]:
+        asked = urllib.request.Request(self.address + path, headers=headers)
         try:
-            with urllib.request.urlopen(self.address + path) as answer:
+            with urllib.request.urlopen(asked) as answer:
                 return answer.status, answer.read(), dict(answer.headers)
         except urllib.error.HTTPError as error:
             with error:

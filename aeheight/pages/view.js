@@ -21,8 +21,8 @@ async function fetched(address) {
   return answer.json();
 }
 
-function complain(message) {
-  byId("trouble").textContent = message;
+function complain(what, error) {
+  byId("trouble").textContent = `${what} cannot be read: ${error.message}. Is aeheight view still running?`;
   byId("trouble").hidden = false;
 }
 
@@ -81,8 +81,8 @@ function mark(side, layer, value) {
   sign.style.left = `${100 * Math.min(Math.max((value - low) / (high - low), 0), 1)}%`;
 }
 
-/** Runs the last of the calls asked for, one at a time. */
-function oneAtATime(call) {
+/** Runs the last of the calls asked for, one at a time; `what` they read, for when they fail. */
+function oneAtATime(what, call) {
   let busy = false;
   let next = null;
   return async function ask(...given) {
@@ -94,8 +94,9 @@ function oneAtATime(call) {
       next = null;
       try {
         await call(...now);
+        byId("trouble").hidden = true;
       } catch (error) {
-        complain(`The values cannot be read: ${error.message}. Is aeheight view still running?`);
+        complain(what, error);
       }
     }
     busy = false;
@@ -164,7 +165,7 @@ function readValues(map, about, state) {
   let pinned = false;
   let last = null;
 
-  const read = oneAtATime(async (place) => {
+  const read = oneAtATime("The values", async (place) => {
     const { lat, lng } = place.wrap();
     const { values } = await fetched(`values/${state.year}?lon=${lng}&lat=${lat}`);
     last = place;
@@ -233,11 +234,9 @@ function start(about) {
 }
 
 /** An export that was made anew has other colours: begin again with it. */
-const renewed = oneAtATime(async (about) => {
+const renewed = oneAtATime("The map", async (about) => {
   const now = await fetched("layers.json");
   if (now.stamp !== about.stamp) location.reload();
 });
 
-fetched("layers.json").then(start).catch((error) => {
-  complain(`The map cannot be read: ${error.message}. Is aeheight view still running?`);
-});
+fetched("layers.json").then(start).catch((error) => complain("The map", error));

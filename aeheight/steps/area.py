@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from aeheight.receipts import Ledger, Receipt
 from aeheight.settings import ExportSettings, RegionSettings, fingerprint
 from aeheight.sources.areas import boxes, outside, pixels_of, shapes_of
 from aeheight.steps.shown import Shown
-from aeheight.steps.tiles import about_layer
+from aeheight.steps.tiles import about_layer, receipt_of_files
 from aeheight.store import Store
 from aeheight.template import Shard
 from aeheight.windows import Region
@@ -80,6 +80,18 @@ class Area:
         return found
 
 
+def outdated(ledger: Ledger, shows: Callable[[Shard], str]) -> list[str]:
+    """The files of any area that show what is no longer so, by the names of their receipts.
+
+    Args:
+        ledger: of all areas.
+        shows: as for `Clip.shard`.
+    """
+    return [
+        shard.name for shard in ledger.finished() if shard.inputs.partition("-")[2] != shows(shard)
+    ]
+
+
 def _degrees(bounds: Sequence[Sequence[float]]) -> str:
     return " and ".join(str([round(float(edge), 4) for edge in each]) for each in bounds)
 
@@ -97,19 +109,16 @@ class Clip:
     settings: ExportSettings
     origin: Origin
 
-    def shard(self, zone: str, year: int, region: Region, inputs: Sequence[str]) -> Shard:
-        """The piece of work that makes a region's files.
+    def shard(self, piece: Shard, shows: str) -> Shard:
+        """A piece of work, with what it is made from.
 
         Args:
-            zone: of the map.
-            year: likewise.
-            region: pixels of the zone.
-            inputs: fingerprints of the shards under it.
+            piece: without.
+            shows: fingerprint of all that its pixels show, whatever the area.
         """
         options = self.settings.model_dump(mode="json", include={"block", "compress", "map"})
-        cube = self.shown.cube.version if self.shown.cube else ""
-        described = [self.shown.map.version, cube, self.area.shapes, self.area.whole, options]
-        return Shard(zone, LEDGER, year, region, fingerprint([described, inputs]))
+        described = fingerprint([self.area.shapes, self.area.whole, options])
+        return replace(piece, inputs=f"{described}-{shows}")
 
     def __call__(self, shard: Shard) -> Receipt:
         """Read, write whole files, leave the receipt."""
@@ -133,18 +142,8 @@ class Clip:
                 further[key] = sha256(file_pieces(path))
                 place.write(key, path)
             valid = max(valid, moments.valid)
-        receipt = Receipt(
-            shard=shard.name,
-            checksum=fingerprint(further),
-            pixels=shard.region.size,
-            valid=valid,
-            minimum=None,
-            maximum=None,
-            mean=None,
-            settings=self.key,
-            seconds=round(time.monotonic() - started, 3),
-            inputs=shard.inputs,
-            further=further,
+        receipt = receipt_of_files(
+            shard, further, self.key, started, pixels=shard.region.size, valid=valid
         )
         Ledger(Store(self.ledger)).leave(receipt)
         return receipt

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from aeheight import intervals
 from aeheight.errors import InputError, NotYetError
-from aeheight.rows import label
+from aeheight.rows import FEW, label
 from aeheight.settings import load_region
 from aeheight.steps.unlike import Difference, part, reasons, unlike
 from aeheight.store import Store
@@ -347,6 +347,9 @@ def _table_lines(table: Table) -> Iterator[str]:
         yield f"  {'':<{wide}}{'n A':>11}{'n B':>11}{heads}"
     for name, row in table.rows.items():
         counts = f"{_told(row['n'].a, 'n'):>11}{_told(row['n'].b, 'n'):>11}"
+        if min(row["n"].a or 0, row["n"].b or 0) < FEW:
+            yield f"  {name:<{wide}}{counts}"
+            continue
         yield f"  {name:<{wide}}{counts}" + "".join(
             f"{_told(row[key].a, key):>11}{_told(row[key].b, key):>9}"
             f"{_told(row[key].difference, key, '+'):>9}"

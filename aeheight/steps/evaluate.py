@@ -27,7 +27,7 @@ from aeheight.steps.parts import CLASSES, Part, part_key, thin
 from aeheight.steps.predict import MODEL
 from aeheight.steps.run import Made, Plan, Run, carry_out
 from aeheight.steps.split import check_split, record_split, split_fingerprint
-from aeheight.steps.summary import is_made_from, remove_report, summarise
+from aeheight.steps.summary import is_made_from, summarise
 from aeheight.store import Store
 from aeheight.template import Shard, Template
 from aeheight.windows import Lattice
@@ -133,7 +133,6 @@ def execute(run: Run) -> Outcome:
     ledger = run.ledger("report")
     if run.options.overwrite:
         run.discard(ledger.store, run.ledger("split").store)
-        remove_report(run.report)
     split = record_split(run)
     heights = open_tree(run.heights)
     year = _judged_year(cube.template, checkpoint)
@@ -176,8 +175,7 @@ def execute(run: Run) -> Outcome:
         [ledger.key, run.settings.model_dump(mode="json"), named.decode()]
         + [[shard.name, shard.inputs] for shard in shards]
     )
-    if not (fresh := is_made_from(run.report, made_from)):
-        remove_report(run.report)
+    fresh = is_made_from(run.report, made_from)
     outcome = carry_out(run, "evaluate", ledger, shards, task)
     if not outcome.failed and (outcome.done or not fresh):
         summarise(

@@ -15,6 +15,7 @@ from aeheight.counts import numbered
 from aeheight.criteria import REACH, Criterion, apart
 from aeheight.crossings import MARGIN, Crossings
 from aeheight.cube import Tree
+from aeheight.errors import InputError
 from aeheight.grid import owned
 from aeheight.intervals import Intervals
 from aeheight.metrics import Scatter, Stats
@@ -33,6 +34,9 @@ PARTS = {**USES, "unused": UNUSED}
 HELD_OUT = (VALIDATION, TEST)
 """Where a kernel regression is judged: it takes 60 times as long as a ridge, and between the pixels
 that it was fitted to it says little."""
+
+_MOST = 4000
+"""Classes and uses of one shard that can be told apart."""
 
 CORRELATED = ("test", "all")
 """Grounds whose errors' correlation is summed up: the first that has pixels is shown."""
@@ -190,6 +194,11 @@ class Ground:
             places = criterion.classed(self.measure(name))
             judged = self.known & (places >= 0)
             found, numbers = numbered(np.where(judged, places * len(uses) + self.labels, -1))
+            if len(found) > _MOST:
+                raise InputError(
+                    f"{name}: {len(found)} classes in one shard, at most {_MOST} can be told "
+                    "apart; give a raster of classes, not of measures"
+                )
             label[...] = np.where(judged, numbers + len(keys), -1)
             keys += [f"{name}/{uses[n % len(uses)]}/{n // len(uses)}" for n in found]
         stats = Stats.by(self.predicted, self.reference, labels, len(keys))

@@ -317,9 +317,16 @@ def _repair(
     if not code and "export" in damaged:
         code = execute(_step("export").as_made(run), ["export"], say)
     if not code and "area" in damaged:
-        if run.settings.export.area is not None:
-            return execute(run, ["export"], say)
-        say({"area": None}, ["area      removed; run aeheight export with its export.area again"])
+        code = _repair_area(run, damaged["area"], say)
+    return code
+
+
+def _repair_area(run: Run, damaged: set[str], say: Say) -> int:
+    """Make the files of an area again, as far as it is the one that the region file names."""
+    code = 0 if run.settings.export.area is None else execute(run, ["export"], say)
+    if left := sorted(damaged - run.ledger("area").done().keys()):
+        lines = [f"area      removed {name}" for name in left]
+        say({"removed": left}, [*lines, "run aeheight export with its export.area again"])
         return 1
     return code
 

@@ -2,9 +2,10 @@
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,48 +14,66 @@ from aeheight.catalogue import COLLECTION, MODEL, File, collection, model_item
 from aeheight.cube import Tree
 from aeheight.grid import reproject_bounds
 from aeheight.hillshade import coloured_png, shaded_png
-from aeheight.models import Checkpoint
 from aeheight.receipts import Ledger
-from aeheight.steps.export import FOLDER
-from aeheight.steps.predict import MODEL as CHECKPOINT
-from aeheight.steps.pyramids import PYRAMIDS, in_pyramids
+from aeheight.steps.pyramids import PYRAMIDS
 from aeheight.steps.run import Run
-from aeheight.steps.tiles import Export, key_of, picture_cut, picture_key
+from aeheight.steps.tiles import (
+    FOLDER,
+    Export,
+    key_of,
+    picture_cut,
+    picture_key,
+    receipt_of_files,
+)
 from aeheight.template import Shard
 from aeheight.windows import whole
 
+if TYPE_CHECKING:
+    from aeheight.models import Checkpoint
 
-def publish(run: Run, task: Export, tree: Tree, ledger: Ledger) -> None:
-    """Write the pictures, the model's item, and last of all the collection.
+CHECKPOINT = "model.ckpt"
+"""The map's model: beside the receipts of the map, and in the export."""
+
+
+def publish(
+    run: Run, task: Export, tree: Tree, ledger: Ledger, tiles: Iterable[Shard], once: Shard
+) -> None:
+    """Write the pictures, the model and its item, last of all the collection; leave the receipt.
 
     Args:
         run: whose export it is.
         task: that made the tiles.
         tree: the map.
         ledger: of the tiles.
+        tiles: all that were made.
+        once: the piece of work that this is.
     """
-    receipts = ledger.receipts(sorted(n for n in ledger.done() if not in_pyramids(n)))
+    started, place = time.monotonic(), run.store.child(FOLDER)
+    receipts = ledger.receipts(sorted(tile.name for tile in tiles))
     shards = [Shard.parse(receipt.shard) for receipt in receipts if receipt.valid]
-    place = run.store.child(FOLDER)
+    files: dict[str, str] = {}
+
+    def put(key: str, data: bytes) -> None:
+        place.write(key, data)
+        files[key] = hashlib.sha256(data).hexdigest()
+
     beside: dict[str, str] = {}
-    known = {grid.name for grid in tree.template.grids}
-    if task.mosaic:
-        known.add(task.mosaic.name)
-    for group, year in sorted({(s.group, s.year or 0) for s in shards if s.group in known}):
+    for group, year in sorted({(s.group, s.year or 0) for s in shards}):
         members = [s for s in shards if (s.group, s.year) == (group, year)]
         for name, title, data in _pictures(task, ledger, members):
-            key = f"{group}/{year}/{name}.png"
-            place.write(key, data)
-            beside[f"./{key}"] = f"{title}, {group}, {year}"
+            put(f"{group}/{year}/{name}.png", data)
+            beside[f"./{group}/{year}/{name}.png"] = f"{title}, {group}, {year}"
     if place.exists(f"{PYRAMIDS}/zarr.json"):
         beside[f"./{PYRAMIDS}"] = "All zones at halves of their resolution, as GeoZarr multiscales"
-    place.write(MODEL, _model(run, task))
+    checkpoint = run.ledger("heights").store.read(CHECKPOINT)
+    put(CHECKPOINT, checkpoint)
+    put(MODEL, _model(task, checkpoint))
     grids = tree.template.grids
     boxes = [reproject_bounds(grid.bounds, grid.crs, "EPSG:4326") for grid in grids]
     items = [f"./{key_of(shard, 'item')}" for shard in shards] + [f"./{MODEL}"]
     note = run.settings.note
-    found = collection(task.origin, note, boxes, tree.template.years, items, beside)
-    place.write(COLLECTION, found)
+    put(COLLECTION, collection(task.origin, note, boxes, tree.template.years, items, beside))
+    ledger.leave(receipt_of_files(once, files, ledger.key, started))
 
 
 def _pictures(
@@ -78,17 +97,16 @@ def _pictures(
     ]
 
 
-def _model(run: Run, task: Export) -> bytes:
-    store = run.ledger("heights").store
-    data = store.read(CHECKPOINT)
-    file = File(
-        f"../heights.receipts/{CHECKPOINT}", "the checkpoint", "", len(data),
-        hashlib.sha256(data).hexdigest(), {},
-    )  # fmt: skip
+def _model(task: Export, data: bytes) -> bytes:
+    # Only this needs PyTorch, for what the checkpoint says of itself.
+    from aeheight.models import Checkpoint  # noqa: PLC0415
+
+    digest = hashlib.sha256(data).hexdigest()
+    file = File(f"./{CHECKPOINT}", "the checkpoint", "", len(data), digest, {})
     return model_item(task.origin, _facts(Checkpoint.from_bytes(data)), file)
 
 
-def _facts(checkpoint: Checkpoint) -> Mapping[str, Any]:
+def _facts(checkpoint: "Checkpoint") -> Mapping[str, Any]:
     model = checkpoint.model
     return {
         "architecture": model.architecture,
@@ -96,6 +114,6 @@ def _facts(checkpoint: Checkpoint) -> Mapping[str, Any]:
         "parameters": sum(tensor.numel() for tensor in checkpoint.weights.values()),
         "years": checkpoint.provenance.years,
         "hyperparameters": model.model_dump(mode="json", exclude={"architecture"})
-        | {"base": checkpoint.base},
+        | {"base": checkpoint.base, "trust": checkpoint.trust.to_dict()},
         "torch": version("torch"),
     }

@@ -8,11 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aeheight.catalogue import Origin
+from aeheight.export import sha256
 from aeheight.grid import Grid
 from aeheight.pyramid import Pyramid
 from aeheight.receipts import Ledger, Receipt
 from aeheight.settings import ExportSettings, fingerprint
 from aeheight.steps.shown import Shown
+from aeheight.steps.tiles import receipt_of_files
 from aeheight.store import Store
 from aeheight.template import Layer, Shard
 from aeheight.windows import Region, tile
@@ -37,6 +39,26 @@ def pyramid_of(shown: Shown, settings: ExportSettings, origin: Origin) -> Pyrami
     title = f"Heights of {origin.collection}. {origin.lineage}"
     layers = tuple(shown.layers())
     return Pyramid(template.grids, layers, template.years, settings.block, steps, title)
+
+
+def metadata_of(pyramid: Pyramid) -> Shard:
+    """The piece of work that is a pyramid's metadata; made first, and by the driver."""
+    return Shard(f"{_GROUP}metadata", "once", None, Region(0, 0, 1, 1), pyramid.version)
+
+
+def write_metadata(pyramid: Pyramid, place: Store, ledger: Ledger) -> None:
+    """Write a pyramid's metadata and leave its receipt.
+
+    Args:
+        pyramid: what is made.
+        place: the export's folder.
+        ledger: of the export.
+    """
+    started, store, files = time.monotonic(), place.child(PYRAMIDS), {}
+    for key, data in pyramid.metadata().items():
+        store.write(key, data)
+        files[f"{PYRAMIDS}/{key}"] = sha256(iter((data,)))
+    ledger.leave(receipt_of_files(metadata_of(pyramid), files, ledger.key, started))
 
 
 def task_bytes(pyramid: Pyramid) -> int:
@@ -80,7 +102,7 @@ def _still(layers: Sequence[Layer], year: int | None) -> list[Layer]:
 
 
 def in_pyramids(name: str) -> bool:
-    """Whether a piece of work is a square of a pyramid, by its name or its group's."""
+    """Whether a piece of work is a pyramid's, by its name or its group's."""
     return name.startswith(_GROUP)
 
 
@@ -109,18 +131,8 @@ class Halve:
                 store, zone, levels, layer, shard.year, shard.region, values
             )
             further |= {f"{PYRAMIDS}/{key}": digest for key, digest in stored.items()}
-        receipt = Receipt(
-            shard=shard.name,
-            checksum=fingerprint(further),
-            pixels=shard.region.size,
-            valid=valid,
-            minimum=None,
-            maximum=None,
-            mean=None,
-            settings=self.key,
-            seconds=round(time.monotonic() - started, 3),
-            inputs=shard.inputs,
-            further=further,
+        receipt = receipt_of_files(
+            shard, further, self.key, started, pixels=shard.region.size, valid=valid
         )
         Ledger(Store(self.ledger)).leave(receipt)
         return receipt

@@ -23,7 +23,7 @@ from aeheight.metrics import Scatter, Stats
 from aeheight.models import Checkpoint
 from aeheight.receipts import Ledger, versions
 from aeheight.report import Prediction, Report, render
-from aeheight.rows import judged_split
+from aeheight.rows import base_name, judged_split
 from aeheight.seams import SHARE
 from aeheight.sheets import SHEETS, sheets
 from aeheight.shift import shift
@@ -97,6 +97,7 @@ def summarise(
     files |= sheets(metrics)
     files[_PAGE] = render(_report(run, cube, heights, sums, checkpoint, metrics, merged)).encode()
     files = {ITEM: _item(run, cube, heights, year, metrics, files), **files}
+    run.report.remove(_PAGE)
     for name, content in files.items():  # the page last: where it is, all is
         run.report.write(name, content)
 
@@ -109,12 +110,6 @@ def is_made_from(report: Store, made_from: str) -> bool:
         told: object = json.loads(report.read(_METRICS))["provenance"]["made_from"]
         return told == made_from
     return False
-
-
-def remove_report(report: Store) -> None:
-    """The page first: where it is, all is."""
-    for name in sorted(REPORT, key=lambda name: name != _PAGE):
-        report.remove(name)
 
 
 class _Merged:
@@ -171,7 +166,7 @@ def _metrics(
         "baselines": baselines,
         "skill": skill(by_split(sums, "model"), baselines),
         "regression": regression(sums),
-        "by": by_class(sums, criteria),
+        "by": by_class(sums, criteria, run.settings.evaluate.classes),
         "intervals": intervals(merged.intervals, criteria),
         "zones": list(zones(cube, sums)),
         "shift": shift(heights, trained),
@@ -289,11 +284,12 @@ def _report(
     assert isinstance(scatter, Scatter)
     kind = _ARCHITECTURES[checkpoint.model.architecture]
     network = f" ({checkpoint.model.encoder})" if checkpoint.weights else ""
+    left_out = bool(checkpoint.weights) and not checkpoint.corrects
     cost, remarks = _told(run, checkpoint)
     return Report(
         name=run.settings.name,
         metrics=metrics,
-        model=kind + network,
+        model=f"the map ({base_name(metrics)} alone)" if left_out else kind + network,
         maps=[_maps(cube, grid.name, merged.pictures) for grid in cube.grids],
         scatter=scatter.dense(trim=0.0005) if stats.n else None,
         errors=stats.errors() if stats.n else None,

@@ -1,6 +1,6 @@
 """The tables of metrics.json, from the merged sums of all shards."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import reduce
 from itertools import permutations
 from math import ceil
@@ -37,21 +37,36 @@ def by_split(sums: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {split: _summary({**nothing, **sums}, f"{name}/{split}") for split in SPLITS}
 
 
-def by_class(sums: Mapping[str, Any], criteria: Mapping[str, Criterion]) -> dict[str, Any]:
-    """For each criterion its rows, of the classes that a split has."""
-    return {name: list(_rows(sums, name, criterion)) for name, criterion in criteria.items()}
+def by_class(
+    sums: Mapping[str, Any], criteria: Mapping[str, Criterion], asked: Collection[str] = ()
+) -> dict[str, Any]:
+    """For each criterion its rows, of the classes that a split has.
+
+    Args:
+        sums: by name.
+        criteria: by name.
+        asked: criteria that a user gave: a class that has a name has a row, be it of no pixels.
+    """
+    return {
+        name: list(_rows(sums, name, criterion, asked=name in asked))
+        for name, criterion in criteria.items()
+    }
 
 
-def _rows(sums: Mapping[str, Any], name: str, criterion: Criterion) -> Iterator[dict[str, Any]]:
+def _rows(
+    sums: Mapping[str, Any], name: str, criterion: Criterion, *, asked: bool
+) -> Iterator[dict[str, Any]]:
     start = f"{name}/"
-    numbers = sorted({int(key.rsplit("/", 1)[1]) for key in sums if key.startswith(start)})
+    numbers = {int(key.rsplit("/", 1)[1]) for key in sums if key.startswith(start)}
     for split in SPLITS:
-        for number in numbers:
+        for number in sorted(numbers | (criterion.names.keys() if asked else set())):
             parts = PARTS if split == "all" and name != "zone" else (split,)
             keys = [f"{name}/{part}/{number}" for part in parts]
             if found := [sums[key] for key in keys if key in sums]:
                 total = reduce(add, found)
                 yield {"split": split, **criterion.label(number), **total.summary()}
+            elif asked and number in criterion.names:
+                yield {"split": split, **criterion.label(number), **Stats.zero().summary()}
 
 
 def of_zone(sums: Sums, number: int) -> dict[str, Stats]:

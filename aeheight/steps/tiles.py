@@ -20,13 +20,17 @@ from aeheight.embeddings import ATTRIBUTION
 from aeheight.export import About, Moments, file_pieces, overview, sha256, write_cog
 from aeheight.grid import Grid
 from aeheight.receipts import Ledger, Receipt
-from aeheight.settings import ExportSettings
+from aeheight.settings import ExportSettings, fingerprint
 from aeheight.sources.datum import compound
 from aeheight.steps.shown import DIFFERENCE, REFERENCE, Shown
 from aeheight.store import Store
 from aeheight.template import Layer, Shard
 from aeheight.windows import Region
 
+LEDGER, FOLDER = "export", "export"
+"""Receipts and files, under the run's store."""
+ONCE = Shard("catalogue", "once", None, Region(0, 0, 1, 1))
+"""Stands for what an export has once: pictures, model and collection. It has a receipt too."""
 PICTURE = 1600
 """Longest edge of a picture, pixels."""
 _ITEM = "item"
@@ -47,12 +51,46 @@ def key_of(shard: Shard, layer: str) -> str:
 def files_of(receipt: Receipt) -> dict[str, str]:
     """Every file of a tile under the export, with its SHA-256; none where it is all nodata."""
     shard = Shard.parse(receipt.shard)
-    if shard.layer != "height":  # of a pyramid or an area
+    if shard.layer != "height":  # of a pyramid, an area, or what there is once
         return dict(receipt.further)
     if not receipt.valid:
         return {}
     found = {shard.layer: receipt.checksum, **receipt.further}
     return {key_of(shard, layer): digest for layer, digest in found.items()}
+
+
+def receipt_of_files(
+    shard: Shard,
+    files: Mapping[str, str],
+    settings: str,
+    started: float,
+    *,
+    pixels: int = 0,
+    valid: int = 0,
+) -> Receipt:
+    """The receipt of a piece of work that is files alone.
+
+    Args:
+        shard: what was made.
+        files: SHA-256 of each, by its key in the export.
+        settings: fingerprint of the settings.
+        started: `time.monotonic()` before the first read.
+        pixels: of the shard, where it has any.
+        valid: those that are not nodata.
+    """
+    return Receipt(
+        shard=shard.name,
+        checksum=fingerprint(files),
+        pixels=pixels,
+        valid=valid,
+        minimum=None,
+        maximum=None,
+        mean=None,
+        settings=settings,
+        seconds=round(time.monotonic() - started, 3),
+        inputs=shard.inputs,
+        further=files,
+    )
 
 
 def picture_key(key: str, shard: Shard) -> str:
@@ -101,7 +139,7 @@ class Export:
     key: str
     settings: ExportSettings
     origin: Origin
-    mosaic: Mosaic | None
+    mosaics: tuple[Mosaic, ...]
 
     def __call__(self, shard: Shard) -> Receipt:
         """Read, write whole files, leave the receipt."""
@@ -135,14 +173,15 @@ class Export:
         return receipt
 
     def grid(self, group: str) -> Grid:
-        """Of a zone, or of the mosaic."""
-        if self.mosaic and group == self.mosaic.name:
-            return self.mosaic.grid
-        return self.shown.map.tree().template.grid(group)
+        """Of a zone, or of a mosaic."""
+        mosaic = self._mosaic(group)
+        return mosaic.grid if mosaic else self.shown.map.tree().template.grid(group)
+
+    def _mosaic(self, group: str) -> Mosaic | None:
+        return next((mosaic for mosaic in self.mosaics if mosaic.name == group), None)
 
     def _layers(self, group: str) -> list[Layer]:
-        is_mosaic = self.mosaic is not None and group == self.mosaic.name
-        return self.shown.of_map() if is_mosaic else self.shown.layers()
+        return self.shown.of_map() if self._mosaic(group) else self.shown.layers()
 
     def _clear(self, shard: Shard, made: set[str]) -> None:
         """Remove what an earlier map, or one with a reference, left of this tile."""
@@ -174,11 +213,10 @@ class Export:
         """Pixels of a window of the tile."""
         row, col = shard.region.row + window.row, shard.region.col + window.col
         region = Region(row, col, *window.shape)
-        if self.mosaic is None or shard.group != self.mosaic.name:
-            return self.shown.read(shard.group, layer, shard.year, region)
-        return self.mosaic.read(
-            region, lambda zone, part: self.shown.read(zone.name, layer, shard.year, part)
-        )
+        mosaic, year = self._mosaic(shard.group), shard.year
+        if mosaic is None:
+            return self.shown.read(shard.group, layer, year, region)
+        return mosaic.read(region, lambda zone, part: self.shown.read(zone.name, layer, year, part))
 
     def _keep_picture(self, shard: Shard, path: Path, grid: Grid) -> None:
         """A small picture of the tile, from the COG's overviews."""

@@ -7,8 +7,8 @@ from contextlib import suppress
 from typing import Any
 
 from aeheight.errors import InputError
-from aeheight.steps.export import FOLDER
 from aeheight.steps.run import Plan, Run
+from aeheight.steps.tiles import FOLDER
 
 Say = Callable[[dict[str, Any], list[str]], None]
 """Takes the facts for machines and the lines for people."""
