@@ -34,7 +34,7 @@ def reach(scheduler: str, patience: float, otherwise: str) -> Client:
         raise InputError(
             f"no Dask scheduler answers at {scheduler} ({error}); {otherwise}"
         ) from error
-    _check(scheduler, encrypted=scheme == "tls")
+    _check(scheduler, scheme)
     try:
         return Client(scheduler, timeout=patience)
     except (OSError, ValueError) as error:
@@ -53,40 +53,44 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _remedy(scheduler: str, error: BaseException) -> str | None:
     """What to look at, where the answer was no."""
-    encrypted = scheduler.startswith("tls://")
+    scheme, place = parse_address(scheduler)
     for cause in _causes(error):
         match cause:
             case ssl.SSLCertVerificationError():
                 return f"{_variable('ca-file')} must name the CA that signed the scheduler's"
             case ssl.SSLError(reason="WRONG_VERSION_NUMBER") | ValueError():
                 # Tornado's ValueError where the other side has greeted us first, in plain words.
-                return f"it does not speak TLS: try tcp://{parse_address(scheduler)[1]}"
-            case ssl.SSLError() | ConnectionResetError() if encrypted:
+                return f"it does not speak TLS: try tcp://{place}"
+            case ssl.SSLError() | ConnectionResetError() if scheme == "tls":
                 variable = _variable("client.cert")
                 return f"it hung up, as on a certificate of another CA than its own: see {variable}"
             case ConnectionResetError():
-                return f"it hung up, as one does that speaks TLS: try {_as_tls(scheduler)}"
+                return f"it hung up, as one does that speaks TLS: try tls://{place}"
     return None
 
 
-def _as_tls(scheduler: str) -> str:
-    return f"tls://{parse_address(scheduler)[1]}"
-
-
-def _check(scheduler: str, *, encrypted: bool) -> None:
+def _check(scheduler: str, scheme: str) -> None:
     """Meet what Dask answers with a traceback.
 
     Raises:
         InputError: names the setting.
     """
-    if not encrypted:
-        if config.get("distributed.comm.require-encryption"):
-            raise InputError(
-                f"{scheduler} is not encrypted, and Dask's settings ask for it "
-                "(DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION): give --scheduler "
-                f"{_as_tls(scheduler)}"
-            )
-        return
+    if scheme == "tcp" and config.get("distributed.comm.require-encryption"):
+        raise InputError(
+            f"{scheduler} is not encrypted, and Dask's settings ask for it "
+            "(DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION): give --scheduler "
+            f"tls://{parse_address(scheduler)[1]}"
+        )
+    if scheme == "tls":
+        _check_certificates(scheduler)
+
+
+def _check_certificates(scheduler: str) -> None:
+    """They are named, there, and fit each other.
+
+    Raises:
+        InputError: names the setting.
+    """
     named = {part: config.get(f"distributed.comm.tls.{part}", None) for part in _CERTIFICATES}
     if unset := [_variable(part) for part, path in named.items() if not path]:
         raise InputError(

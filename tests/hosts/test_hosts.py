@@ -6,7 +6,7 @@ Whatever happens, the bytes of the map are those of an undisturbed run.
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from aeheight import __version__
 from pipelines.fault_runs import differing
 from pipelines.world import World
 from tests.hosts.network import certificates, lacking, tls
-from tests.hosts.site import ROOT, TTL, WORKERS, Command, Site, site, wait_for
+from tests.hosts.site import NOTHING, ROOT, TTL, WORKERS, Command, Site, site, wait_for
 from tests.runs import Region, Regions, believe, copied, run_here, small_settings
 
 _LACKING = lacking()
@@ -55,9 +55,9 @@ def unmapped(regions: Regions, sound: Region) -> Region:
     return region
 
 
-def begun(hosts: Site, region: Region) -> Command:
+def begun(hosts: Site, region: Region, env: Mapping[str, str | None] = NOTHING) -> Command:
     """A driver, once every worker computes and some shards are done."""
-    driver = hosts.drive("predict", region.path)
+    driver = hosts.drive("predict", region.path, env=env)
 
     def amid() -> bool:
         assert driver.alive(), driver.said()
@@ -199,8 +199,9 @@ def test_the_driver_is_killed(hosts: Site, unmapped: Region, sound: Region) -> N
 
 
 def test_the_driver_is_cut_off(hosts: Site, unmapped: Region, sound: Region) -> None:
+    """Noticed after Dask's patience with a connection, which is 30 s by itself."""
     hosts.whole().dwell(DWELL)
-    driver = begun(hosts, unmapped)
+    driver = begun(hosts, unmapped, {"DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "15s"})
     hosts.hosts["driver"].cut()
     struck = time.monotonic()
     try:
