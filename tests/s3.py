@@ -68,7 +68,7 @@ def server(folder: Path, host: str = "127.0.0.1") -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def _moto(host: str) -> Iterator[str]:
+def _moto(host: str = "127.0.0.1") -> Iterator[str]:
     from moto.server import ThreadedMotoServer  # noqa: PLC0415 (an option)
 
     moto = ThreadedMotoServer(host, 0, verbose=False)

@@ -10,6 +10,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,8 @@ pytestmark = [
         reason="needs a cluster: KUBECONFIG and AEHEIGHT_TEST_HOST; see make test-kube",
     ),
 ]
+NEW = f"s3://{BUCKET}/new"
+"""A store that nothing is in."""
 SHARDS = 64
 """Of 64 px in a world of 512 px."""
 
@@ -63,12 +66,29 @@ def region(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return settings | {"name": "kube"}
 
 
-@pytest.fixture
-def place(server: Server, tmp_path: Path) -> Iterator[Space]:
-    with space(f"aeheight-{uuid.uuid4().hex[:6]}", tmp_path, server) as found:
+@contextmanager
+def opened(server: Server, folder: Path) -> Iterator[Space]:
+    """A namespace with both Secrets."""
+    with space(f"aeheight-{uuid.uuid4().hex[:6]}", folder, server) as found:
         found.credentials()
         found.certificates()
         yield found
+
+
+@pytest.fixture
+def place(server: Server, tmp_path: Path) -> Iterator[Space]:
+    with opened(server, tmp_path) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    server: Server, region: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Store, dict[str, float]]:
+    """A finished run, and the seconds that each step took."""
+    store = Store.at(f"s3://{BUCKET}/quiet")
+    with opened(server, tmp_path_factory.mktemp("quiet")) as found:
+        return store, run(found, region, store, {})
 
 
 def patch(kind: str, name: str, *operations: tuple[str, str, Any]) -> dict[str, Any]:
@@ -132,10 +152,12 @@ def run(
 
 
 def test_pods_that_are_lost_change_no_byte(
-    place: Space, region: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    place: Space,
+    region: dict[str, Any],
+    undisturbed: tuple[Store, dict[str, float]],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    quiet = Store.at(f"s3://{BUCKET}/quiet")
-    undisturbed = run(place, region, quiet, {})
+    quiet, known = undisturbed
     lost = []
     store = Store.at(f"s3://{BUCKET}/lossy")
 
@@ -170,7 +192,7 @@ def test_pods_that_are_lost_change_no_byte(
     with capsys.disabled():
         print(f"\nlost {', '.join(lost)}")
         for step, seconds in disturbed.items():
-            print(f"{step:8} undisturbed {undisturbed[step]:5.0f} s, disturbed {seconds:5.0f} s")
+            print(f"{step:8} undisturbed {known[step]:5.0f} s, disturbed {seconds:5.0f} s")
     wanted, found = values(quiet), values(store)
     assert len(wanted) > 2 * SHARDS
     assert found.keys() == wanted.keys()
@@ -182,10 +204,6 @@ def test_pods_that_are_lost_change_no_byte(
 
 def no_secret(place: Space, name: str) -> None:
     place("delete", "secret", name, "--ignore-not-found")
-
-
-def quota(place: Space) -> None:
-    place("create", "quota", "few", "--hard=pods=2")
 
 
 def other_version(place: Space) -> dict[str, Any]:
@@ -217,9 +235,13 @@ BAD: dict[str, tuple[Callable[[Space, dict[str, Any]], Any], tuple[str, ...]]] =
         lambda _, region: region.update(store="s3://nowhere/run"), ("nowhere", "create the bucket")
     ),
     "no GPU": (
-        lambda _, region: region["predict"].update(device="gpu"), ("no worker declares a GPU",)
+        lambda _, region: region["predict"].update(device="gpu") or region.update(store=NEW),
+        ("no worker declares a GPU",),
     ),
-    "another version": (lambda place, _: other_version(place), ("aeheight 0.0.9", "0.1.0")),
+    "another version": (
+        lambda place, region: region.update(store=NEW) or other_version(place),
+        ("aeheight 0.0.9", "0.1.0"),
+    ),
     "another cube": (
         lambda _, region: region["cube"].update(shard=128), ("--overwrite", "cube.shard")
     ),
@@ -228,10 +250,10 @@ BAD: dict[str, tuple[Callable[[Space, dict[str, Any]], Any], tuple[str, ...]]] =
 
 @pytest.mark.parametrize("what", BAD)
 def test_what_is_wrong_ends_the_job_with_the_reason(
-    place: Space, region: dict[str, Any], what: str
+    place: Space, region: dict[str, Any], undisturbed: tuple[Store, dict[str, float]], what: str
 ) -> None:
     change, words = BAD[what]
-    mine = deepcopy(region) | {"store": f"s3://{BUCKET}/quiet"}
+    mine = deepcopy(region) | {"store": undisturbed[0].uri}
     more = change(place, mine)
     began = time.monotonic()
     place.apply(mine, ONCE, arguments("run", "--patience", "60"), *([more] if more else []))
