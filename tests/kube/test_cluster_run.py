@@ -223,7 +223,10 @@ BAD: dict[str, tuple[Callable[[Space, dict[str, Any]], Any], tuple[str, ...]]] =
     "no credentials": (
         lambda place, _: no_secret(place, "aeheight-store"), ("AWS_ACCESS_KEY_ID",)
     ),
-    "no certificates": (lambda place, _: no_secret(place, "aeheight-tls"), ("ca.crt",)),
+    "no certificates": (
+        lambda place, region: region.update(store=NEW) or no_secret(place, "aeheight-tls"),
+        ("ca.crt",),
+    ),
     "wrong key": (
         lambda place, _: place.credentials(AWS_SECRET_ACCESS_KEY="wrong"), ("AWS_SECRET",)
     ),
@@ -248,6 +251,10 @@ BAD: dict[str, tuple[Callable[[Space, dict[str, Any]], Any], tuple[str, ...]]] =
 }  # fmt: skip
 
 
+MAY_PASS = {"no such store"}
+"""Worth another attempt, which the base's Job makes six times."""
+
+
 @pytest.mark.parametrize("what", BAD)
 def test_what_is_wrong_ends_the_job_with_the_reason(
     place: Space, region: dict[str, Any], undisturbed: tuple[Store, dict[str, float]], what: str
@@ -259,6 +266,6 @@ def test_what_is_wrong_ends_the_job_with_the_reason(
     place.apply(mine, ONCE, arguments("run", "--patience", "60"), *([more] if more else []))
     assert place.finished(300) == "Failed"
     code, message = place.last_words()
-    assert code == 2, message
+    assert code == (1 if what in MAY_PASS else 2), message
     for word in words:
         assert word in message, f"{time.monotonic() - began:.0f} s: {message}"
