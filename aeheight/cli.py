@@ -253,7 +253,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     )
     run = Run(settings, options, _connection(arguments))
     say: Callable[[dict[str, Any], list[str]], None] = (
-        (lambda facts, _: print(json.dumps(facts)))  # noqa: T201
+        (lambda facts, _: print(json.dumps(facts), flush=True))  # noqa: T201
         if arguments.as_json
         else (lambda _, lines: print("\n".join(lines), flush=True))  # noqa: T201
     )

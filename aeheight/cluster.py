@@ -63,6 +63,7 @@ _AHEAD = 2
 _ROUNDS = 2
 """A shard that Dask gave up because its workers died is tried once more."""
 _EACH = 300.0
+"""Seconds for what is asked of each worker."""
 _TURN = 0.5
 """Seconds between two looks at the workers while nothing finishes."""
 
@@ -171,14 +172,14 @@ def wants_gpu(client: Client, device: Device) -> bool:
     """Whether tasks ask for a GPU.
 
     Raises:
-        InputError: `device` is `gpu`, and no worker declares one.
+        InputError: `device` is `gpu`, and no worker on this machine declares one.
     """
     if device == "cpu":
         return False
     there = bool(gpu_slots(client))
-    if device == "gpu" and not there:
+    if device == "gpu" and not there and client.cluster is not None:
         raise no_gpu()
-    return there
+    return there or device == "gpu"  # of a given scheduler they were waited for, and may come back
 
 
 def on_each_worker(

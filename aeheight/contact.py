@@ -56,8 +56,14 @@ def _remedy(scheduler: str, error: BaseException) -> str | None:
     scheme, place = parse_address(scheduler)
     for cause in _causes(error):
         match cause:
+            case ssl.SSLCertVerificationError(verify_code=10):  # X509_V_ERR_CERT_HAS_EXPIRED
+                return "its certificate has expired: make another, and start what uses it anew"
             case ssl.SSLCertVerificationError():
-                return f"{_variable('ca-file')} must name the CA that signed the scheduler's"
+                named = config.get("distributed.comm.tls.ca-file", None)
+                return (
+                    f"{_variable('ca-file')} must name the CA that signed the scheduler's, and "
+                    f"names {named}"
+                )
             case ssl.SSLError(reason="WRONG_VERSION_NUMBER") | ValueError():
                 # Tornado's ValueError where the other side has greeted us first, in plain words.
                 return f"it does not speak TLS: try tcp://{place}"

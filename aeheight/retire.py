@@ -4,7 +4,8 @@ SIGTERM alone ends a Dask worker at once: what it computes is computed again els
 scheduler is asked to give it nothing more; then it is waited for what it computes; then its other
 tasks go to other workers, and it ends. Nothing is lost without this, but time.
 
-Exit codes: 0 retired, or not known there; 1 it could not be told; 2 bad input.
+Exit codes: 0 retired, or not known there; 1 it is not, or not all that it had begun is done; 2 bad
+input.
 """
 
 import argparse
@@ -38,7 +39,8 @@ def retire(scheduler: str, name: str, patience: float) -> str:
 
     Raises:
         InputError: the scheduler does not answer.
-        OSError: it, or the worker, went away meanwhile.
+        OSError: it went away meanwhile, no other worker takes the results over, or the time was too
+            short for what was begun.
     """
     until = time.monotonic() + patience
     with reach(scheduler, min(patience, _ANSWER), "nothing is lost without it, but time") as client:
@@ -49,9 +51,10 @@ def retire(scheduler: str, name: str, patience: float) -> str:
         _told(client, found[0], until, remove=False)
         left = _drained(client, found[0], until)
         if not _told(client, found[0], until, remove=True):
-            return f"{name} is not retired: no other worker takes its results over"
-    late = f"; {left} tasks were not finished within {patience:g} s" if left else ""
-    return f"{name} is retired{late}"
+            raise OSError("no other worker takes its results over")
+    if left:
+        raise OSError(f"{left} tasks were not finished within {patience:g} s; others do them again")
+    return f"{name} is retired"
 
 
 def _told(client: Client, worker: str, until: float, *, remove: bool) -> bool:
@@ -76,7 +79,7 @@ def _drained(client: Client, worker: str, until: float) -> int:
     begun: set[Any] = set()
     while True:
         begun |= client.run(_executing, workers=[worker])[worker]
-        left = begun & set(client.processing([worker])[worker])
+        left = begun & set(client.processing().get(worker, ()))
         if not left or time.monotonic() > until:
             return len(left)
         time.sleep(_TURN)
@@ -115,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         sys.stdout.write(f"{retire(options.scheduler, options.name, options.patience)}\n")
     except (InputError, OSError) as error:
-        sys.stderr.write(f"{options.name} is not retired: {error}\n")
+        sys.stderr.write(f"{options.name} is not retired in order: {error}\n")
         return 2 if isinstance(error, InputError) else 1
     return 0
 

@@ -14,7 +14,11 @@ ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 BASE = DEPLOY / "base"
 REDUCED = ROOT / "tests" / "kube" / "reduced"
-OVERLAYS = {path.name: path for path in sorted((DEPLOY / "overlays").iterdir())}
+OVERLAYS = {
+    path.name: path
+    for path in sorted((DEPLOY / "overlays").iterdir())
+    if not path.name.startswith("mine")  # a user's own
+}
 RENDERED = {"base": BASE, **OVERLAYS, "reduced": REDUCED}
 """Every folder that somebody applies."""
 KUBECTL = shutil.which("kubectl") is not None

@@ -64,7 +64,9 @@ def certificates(tmp_path_factory) -> Path:
     )
     words = made.stdout.split()
     assert words[:5] == ["kubectl", "create", "secret", "generic", "aeheight-tls"]
-    files = dict(word.removeprefix("--from-file=").split("=") for word in words[5:])
+    assert words[-4:] == ["kubectl", "apply", "-f", "-"]  # it may be there already
+    named = [word.split("=") for word in words if word.startswith("--from-file=")]
+    files = {name: path for _, name, path in named}
     assert set(files) == {"ca.crt", "tls.crt", "tls.key"}
     assert all(Path(path).is_file() for path in files.values())
     return folder

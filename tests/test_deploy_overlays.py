@@ -84,7 +84,7 @@ def test_components_go_together(tmp_path):
     found = own(tmp_path, components=parts)
     gpu = pod_of(found, "aeheight-worker-gpu")
     assert gpu.owner["spec"]["replicas"] == 2
-    keys = {t["key"] for t in gpu.spec["tolerations"]}
+    keys = {t["key"] for t in gpu.spec["tolerations"] if "node.kubernetes.io" not in t["key"]}
     assert keys == {"nvidia.com/gpu", "aeheight/spot"}
     assert "Certificate" in {o["kind"] for o in found}
 
@@ -110,7 +110,9 @@ def test_gpu_workers_differ_from_the_others_only_in_the_gpu():
     assert gpu.owner["spec"]["replicas"] == 0
     assert plain.labels.pop("aeheight/device") == "cpu"
     assert gpu.labels.pop("aeheight/device") == "gpu"
-    assert gpu.spec.pop("tolerations")
+    *usual, device = gpu.spec["tolerations"]
+    assert device["key"] == "nvidia.com/gpu"
+    gpu.spec["tolerations"] = usual
     words = arguments(gpu)
     place = words.index("--resources")
     assert words[place : place + 2] == ["--resources", "GPU=4"]
