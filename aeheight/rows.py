@@ -128,7 +128,7 @@ def classes(
     pixels there is `n` alone. Of a class raster the last row tells the pixels in no class; one that
     names no judged pixel has no rows.
     """
-    judged = (metrics["model"].get(split) or {}).get("n", 0)
+    judged = (metrics.get("model", {}).get(split) or {}).get("n", 0)
     held = metrics.get("intervals", {}).get("by", {})
     asked = metrics.get("provenance", {}).get("classes") or {}
     for name, rows in metrics.get("by", {}).items():

@@ -276,7 +276,7 @@ def cluster(
         scheduler = start(["scheduler", "--port", "0"])
         for _ in range(workers):
             start(worker)
-        wait_for(contact.exists, "the scheduler")
+        wait_for(lambda: contact.exists() and contact.stat().st_size, "the scheduler")
         yield Cluster(json.loads(contact.read_text(encoding="utf-8"))["address"], scheduler)
 
 

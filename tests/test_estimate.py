@@ -91,7 +91,15 @@ def test_a_gpu_that_nobody_has_is_asked_for_before_anything_is_lost(
 ):
     twin = copied(small_run, regions)
     before = snapshot(twin.store)
-    asked = ("--set", "predict.device=gpu", "--overwrite", "--scheduler", scheduler)
+    asked = (
+        "--set",
+        "predict.device=gpu",
+        "--overwrite",
+        "--scheduler",
+        scheduler,
+        "--patience",
+        "1",
+    )
     result = aeheight(verb, twin.path, *asked)
     assert result.code == 2
     one_message(result.err, "no worker declares a GPU")
