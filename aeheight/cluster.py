@@ -172,14 +172,14 @@ def wants_gpu(client: Client, device: Device) -> bool:
     """Whether tasks ask for a GPU.
 
     Raises:
-        InputError: `device` is `gpu`, and no worker on this machine declares one.
+        InputError: `device` is `gpu`, and no worker declares one.
     """
     if device == "cpu":
         return False
     there = bool(gpu_slots(client))
-    if device == "gpu" and not there and client.cluster is not None:
+    if device == "gpu" and not there:
         raise no_gpu()
-    return there or device == "gpu"  # of a given scheduler they were waited for, and may come back
+    return there
 
 
 def on_each_worker(
